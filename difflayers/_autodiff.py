@@ -1,0 +1,96 @@
+"""Vector-Jacobian and Jacobian-vector products that work in eager mode and inside ``torch.func``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+Pullback = Callable[[Tensor], tuple[Tensor | None, ...]]
+
+
+def in_functorch() -> bool:
+    """Whether a ``torch.func`` transform is active, so that tensors may be wrapped and values unreadable."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def pull(fn: Function, inputs: Sequence[Tensor]) -> Pullback:
+    """The pullback ``u -> (∂fn/∂input)ᵀ u`` at ``inputs``; linearizes once, may be called often.
+
+    A cotangent is None where ``fn`` ignores that input. Outside ``torch.func`` this is the eager tape, so that hooks
+    and checkpointing inside ``fn`` work.
+    """
+    if in_functorch():
+        pullback: Pullback = torch.func.vjp(fn, *inputs)[1]
+        return pullback
+    aliases, output = _trace(fn, inputs)
+    if not output.requires_grad:
+        return lambda cotangent: (None,) * len(aliases)
+
+    def pullback_eager(cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        # Grad mode is read now, not when the pullback was made: whoever calls decides about higher orders.
+        return torch.autograd.grad(
+            output, aliases, cotangent, retain_graph=True, create_graph=torch.is_grad_enabled(), allow_unused=True
+        )
+
+    return pullback_eager
+
+
+def pull_many(fn: Function, point: Tensor, cotangents: Tensor) -> Tensor:
+    """All pullbacks of the leading dimension of ``cotangents``, from one linearization at ``point``."""
+    pullback = pull(fn, (point,))
+    rows = [pullback(cotangent)[0] for cotangent in cotangents]
+    return torch.stack([torch.zeros_like(point) if row is None else row for row in rows])
+
+
+def push(fn: Function, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """The product ``Σ ∂fn/∂input · tangent`` at ``inputs``."""
+    if in_functorch():
+        product: Tensor = torch.func.jvp(fn, tuple(inputs), tuple(tangents))[1]
+        return product
+    # Dual levels don't nest in eager mode, so the product is the derivative of a pullback, which is linear in u.
+    with torch.enable_grad():
+        aliases, output = _trace(fn, inputs)
+        if not output.requires_grad:
+            return torch.zeros_like(output)
+        cotangent = torch.zeros_like(output).requires_grad_()
+        pulled = torch.autograd.grad(output, aliases, cotangent, create_graph=True, allow_unused=True)
+    live = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p is not None and p.requires_grad]
+    if not live:
+        return torch.zeros_like(output)
+    (product,) = torch.autograd.grad(
+        [p for p, _ in live], cotangent, [t for _, t in live], create_graph=torch.is_grad_enabled()
+    )
+    return product
+
+
+def _trace(fn: Function, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    track = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Fresh aliases: a derivative with respect to a saved output itself would walk back through the node that
+        # saved it, and never return.
+        aliases = [x.view_as(x) if track and x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        return aliases, fn(*aliases)
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of the forward pass, to be entered again in the backward pass."""
+
+    device: str
+    dtype: torch.dtype | None
+
+    @classmethod
+    def current(cls, device: torch.device) -> Autocast:
+        enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+        return cls(device.type, torch.get_autocast_dtype(device.type) if enabled else None)
+
+    def __call__(self) -> AbstractContextManager[object]:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, dtype=self.dtype)
