@@ -1,0 +1,60 @@
+"""The default: a solver chosen by size and by what is known of the Jacobian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from difflayers._solution import Status
+from difflayers.linear._base import Factor, LinearSolution, LinearSolver
+from difflayers.linear._direct import LU
+from difflayers.linear._krylov import CG, GMRES
+from difflayers.linear._operator import LinearOperator
+
+
+@dataclass(frozen=True)
+class Auto(LinearSolver):
+    """LU up to ``dense_size`` unknowns per sample; above, conjugate gradients for positive definite Jacobians and
+    GMRES otherwise, with LU for what GMRES leaves unsolved if the matrices have at most ``dense_entries`` entries.
+
+    ``rtol`` is that of the iterative solvers; None is what the dtype allows with some room.
+    """
+
+    rtol: float | None = None
+    dense_size: int = 32
+    dense_entries: int = 2**25
+
+    def choose(self, operator: LinearOperator) -> LinearSolver:
+        """The solver that serves this operator first."""
+        if operator.size <= self.dense_size:
+            return LU()
+        if {"symmetric", "positive_definite"} <= operator.properties:
+            return CG(rtol=self.rtol)
+        # With -J positive real, GMRES converges for any restart length, so a short one saves memory.
+        return GMRES(rtol=self.rtol, restart=10 if "contractive" in operator.properties else 40)
+
+    def factor(self, operator: LinearOperator) -> Factor:
+        solver = self.choose(operator)
+        return Factor(operator, (solver, solver.factor(operator)))
+
+    def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
+        solver, prepared = factor.data
+        solution: LinearSolution = solver.solve(prepared, rhs, transpose=transpose)
+        operator = factor.operator
+        solved = solution.status == Status.SUCCESS
+        affordable = operator.samples * operator.size**2 <= self.dense_entries
+        if isinstance(solver, LU) or not affordable or bool(solved.all()):
+            return solution
+        return _merge(solved, solution, LU().solve(LU().factor(operator), rhs, transpose=transpose))
+
+
+def _merge(keep: Tensor, first: LinearSolution, second: LinearSolution) -> LinearSolution:
+    wide = keep.reshape(keep.shape + (1,) * (first.value.dim() - keep.dim()))
+    return LinearSolution(
+        value=torch.where(wide, first.value, second.value),
+        status=torch.where(keep, first.status, second.status),
+        residual=torch.where(keep, first.residual, second.residual),  # type: ignore[arg-type]
+        steps=first.steps + torch.where(keep, 0, second.steps),
+    )

@@ -1,0 +1,73 @@
+"""Dense solvers: one Jacobian per sample, from ``n`` batched vector-Jacobian products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from difflayers._solution import Status
+from difflayers.linear._base import Factor, LinearSolution, LinearSolver, shaped
+from difflayers.linear._operator import LinearOperator
+
+
+@dataclass(frozen=True)
+class LU(LinearSolver):
+    """LU factorization with partial pivoting of every sample's Jacobian.
+
+    A sample is ``SINGULAR`` when its smallest pivot is below rounding of its largest one.
+    """
+
+    def factor(self, operator: LinearOperator) -> Factor:
+        return Factor(operator, torch.linalg.lu_factor_ex(operator.dense)[:2])
+
+    def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
+        lu, pivots = factor.data
+        operator, matrix = factor.operator, factor.operator.dense
+        flat = rhs.reshape(operator.samples, -1)
+        status = pivot_status(lu)
+        x = torch.linalg.lu_solve(lu, pivots, flat.unsqueeze(-1), adjoint=transpose).squeeze(-1)
+        x = torch.where((status == Status.SUCCESS)[:, None], x, 0)
+        residual = _residual(matrix.mT if transpose else matrix, x, flat)
+        return shaped(operator, x, status, residual, torch.full_like(status, operator.size, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class LeastSquares(LinearSolver):
+    """The solution of least norm among those of least residual; singular systems are answered, not refused.
+
+    Singular values below ``rtol`` times the largest one count as zero (None: ``n`` times machine epsilon).
+    """
+
+    rtol: float | None = None
+
+    def factor(self, operator: LinearOperator) -> Factor:
+        matrix = operator.dense
+        finite = matrix.isfinite().all(-1).all(-1)
+        # The SVD refuses a whole batch for one NaN in it.
+        inverse = torch.linalg.pinv(torch.where(finite[:, None, None], matrix, 0), rtol=self.rtol)
+        return Factor(operator, (inverse, finite))
+
+    def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
+        inverse, finite = factor.data
+        operator, matrix = factor.operator, factor.operator.dense
+        flat = rhs.reshape(operator.samples, -1)
+        x = ((inverse.mT if transpose else inverse) @ flat.unsqueeze(-1)).squeeze(-1)
+        status = torch.where(finite & flat.isfinite().all(1), int(Status.SUCCESS), int(Status.NONFINITE))
+        residual = _residual(matrix.mT if transpose else matrix, x, flat)
+        return shaped(operator, x, status, residual, torch.full_like(status, operator.size))
+
+
+def pivot_status(lu: Tensor) -> Tensor:
+    """``SUCCESS``, ``SINGULAR`` or ``NONFINITE`` of every factorization ``(samples, n, n)``."""
+    if lu.shape[-1] == 0:
+        return torch.zeros(lu.shape[0], dtype=torch.int64, device=lu.device)
+    pivots = lu.diagonal(dim1=-2, dim2=-1).abs()
+    singular = pivots.amin(-1) <= lu.shape[-1] * torch.finfo(lu.dtype).eps * pivots.amax(-1)
+    status = torch.where(singular, int(Status.SINGULAR), int(Status.SUCCESS))
+    return torch.where(pivots.isfinite().all(-1), status, int(Status.NONFINITE))
+
+
+def _residual(matrix: Tensor, x: Tensor, rhs: Tensor) -> Tensor:
+    return ((matrix @ x.unsqueeze(-1)).squeeze(-1) - rhs).norm(dim=1)
