@@ -1,0 +1,354 @@
+"""How the answer moves when the inputs move.
+
+The derivative of an implicit function is itself an implicit function: with ``F(z, θ) = 0`` and ``J = ∂F/∂z``, the
+adjoint ``u`` of a cotangent ``g`` satisfies ``Jᵀu + g = 0`` and the tangent ``w`` satisfies ``Jw + (∂F/∂θ)·dθ = 0``.
+Both are problems in ``(g, z, θ)``, solved and attached by the same autograd function that solved ``F``: that is where
+every order of forward and reverse derivative comes from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable  # noqa: F401
+
+from difflayers import linear
+from difflayers._autodiff import Autocast, in_functorch, pull, push
+from difflayers._monitor import Role, watch
+from difflayers._problem import Problem, Residual, closure_names
+from difflayers._solution import OnFailure, Solution, check_status, has_answer
+from difflayers._solver import HostSolver, Solver, mask_failed, widen
+from difflayers.errors import LinearSolveError, ProblemError, SolverError
+
+
+class Adjoint(ABC):
+    """A rule for the derivatives of a value that was computed out of autograd's sight."""
+
+    @abstractmethod
+    def supports(self, problem: Problem, solver: Solver) -> str | None:
+        """Why this rule can't serve, or None."""
+
+    @abstractmethod
+    def apply(
+        self, problem: Problem, solver: Solver, params: Sequence[Tensor], init: Tensor, on_failure: OnFailure = "raise"
+    ) -> Solution:
+        """The solution, its value on the graph of ``params``."""
+
+
+@dataclass(frozen=True)
+class ImplicitAdjoint(Adjoint):
+    """The implicit function theorem: one linear solve per derivative, ``Jᵀu = -g``; memory of one state.
+
+    Args:
+        linear_solver: solves ``Jᵀu = -g`` and ``Jw = -b``. Exact ones give derivatives of every order; approximate ones
+            (:class:`difflayers.linear.Neumann`, :class:`difflayers.linear.Identity`) give first derivatives only.
+    """
+
+    linear_solver: linear.LinearSolver = field(default_factory=linear.Auto)
+
+    def supports(self, problem: Problem, solver: Solver) -> str | None:
+        return self.linear_solver.supports(problem.properties)
+
+    def apply(
+        self, problem: Problem, solver: Solver, params: Sequence[Tensor], init: Tensor, on_failure: OnFailure = "raise"
+    ) -> Solution:
+        init = init.detach()
+        autocast = Autocast.current(init.device)
+        hidden = _closes_over(problem, params, init)
+        call = _Call(problem, solver, self.linear_solver, on_failure, autocast, closures=hidden)
+        value, status, *stats = _Implicit.apply(call, init, *params)
+        if hidden is not None:
+            value = value + self._through_closures(call, value, params)
+        if in_functorch() or not bool(has_answer(status).all()):
+            value = mask_failed(value, status)
+        return Solution(value, status, dict(zip(call.stat_names, stats, strict=True)))
+
+    def _through_closures(self, call: _Call, value: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """Zero, whose first derivatives flow to whatever the residual closes over."""
+        fixed = [p.detach() for p in params]
+        with torch.enable_grad(), call.autocast():
+            residual = _FirstOnly.apply(call, call.problem.bind(*fixed)(value.detach()))
+        move = _Implicit.apply(call.linear("tangent"), torch.zeros_like(value), residual, value.detach(), *fixed)[0]
+        return move - move.detach()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class UnrolledAdjoint(Adjoint):
+    """Backpropagation through the solver's own steps; memory grows with them. For comparison, and for few steps."""
+
+    def supports(self, problem: Problem, solver: Solver) -> str | None:
+        if isinstance(solver, HostSolver):
+            return f"{type(solver).__name__} runs outside autograd, so its steps can't be unrolled; use ImplicitAdjoint"
+        return None
+
+    def apply(
+        self, problem: Problem, solver: Solver, params: Sequence[Tensor], init: Tensor, on_failure: OnFailure = "raise"
+    ) -> Solution:
+        solution = watch("forward", solver, lambda: solver.solve(problem, params, init))
+        check_status(solution, on_failure)
+        if not bool(has_answer(solution.status).all()):
+            solution = replace(solution, value=mask_failed(solution.value, solution.status))
+        return solution
+
+
+@dataclass
+class _Call:
+    """One solve, with what its derivatives need to know."""
+
+    problem: Problem
+    solver: Solver
+    linear_solver: linear.LinearSolver
+    on_failure: OnFailure
+    autocast: Autocast
+    role: Role = "forward"
+    closures: list[str] | None = None
+    stat_names: list[str] = field(default_factory=list)
+
+    def run(self, params: Sequence[Tensor], init: Tensor) -> Solution:
+        with self.autocast():
+            solution = watch(self.role, self.solver, lambda: self.solver.solve(self.problem, params, init))
+        self.stat_names[:] = solution.stats
+        if self.role == "forward":
+            return check_status(solution, self.on_failure)
+        return check_status(solution, self.on_failure, f"{self.role} system of a derivative", LinearSolveError)
+
+    def linear(self, role: Role) -> _Call:
+        """The adjoint or tangent system of this solve, as a call in ``(g, z, *params)``."""
+        problem = _Linearized(self.problem, transpose=role == "adjoint")
+        return replace(self, problem=problem, solver=LinearSolve(self.linear_solver), role=role, stat_names=[])
+
+    def refuse_higher_order(self) -> None:
+        """Raise where a derivative of this derivative would be silently wrong."""
+        if self.closures is not None:
+            names = ", ".join(map(repr, self.closures)) or "some tensors"
+            raise ProblemError(
+                f"the residual closes over {names}, which gives first derivatives only; for second derivatives pass "
+                "them as parameters: residual(z, *params) and args=(...)"
+            )
+        if not self.linear_solver.exact:
+            raise ProblemError(
+                f"{self.linear_solver!r} approximates first derivatives and has no second ones; use an exact linear "
+                "solver such as linear.Auto()"
+            )
+
+
+class _Implicit(torch.autograd.Function):
+    """``(init, *params) -> (z, status, *stats)``; the only autograd function of the algebraic families."""
+
+    @staticmethod
+    def forward(call: _Call, init: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        solution = call.run(params, init)
+        value = solution.value.clone() if solution.value is init else solution.value
+        return value, solution.status, *(stat.clone() for stat in solution.stats.values())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, _, *params = inputs
+        value, status, *stats = output
+        ctx.call = call
+        ctx.mark_non_differentiable(status, *stats)
+        ctx.save_for_backward(value, status, *params)
+        ctx.save_for_forward(value, status, *params)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        value, status, *params = ctx.saved_tensors
+        wanted = [i for i, p in enumerate(params) if p.is_floating_point() and ctx.needs_input_grad[i + 2]]
+        gradients = cotangents(ctx.call, value, status, params, cotangent, wanted)
+        return (None, None, *gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, _call: None, _init: None, *tangents: Tensor | None) -> tuple[Any, ...]:
+        value, status, *params = ctx.saved_tensors
+        tangent = pushed(ctx.call, value, status, params, tangents)
+        return (tangent, *[None] * (1 + len(ctx.call.stat_names)))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], call: _Call, init: Tensor, *params: Tensor
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        _, init_dim, *dims = in_dims
+        params = tuple(p if d is None else p.movedim(d, 0) for p, d in zip(params, dims, strict=True))
+        init = init.expand(info.batch_size, *init.shape) if init_dim is None else init.movedim(init_dim, 0)
+        if call.role != "forward" and dims[0] is None:
+            params = (params[0].expand(info.batch_size, *params[0].shape), *params[1:])
+            dims = [0, *dims[1:]]
+        if call.role != "forward" and dims[1] is None:
+            params = (params[0], params[1].expand(info.batch_size, *params[1].shape), *params[2:])
+            dims = [dims[0], 0, *dims[2:]]
+        problem = call.problem.vmapped(tuple(None if d is None else 0 for d in dims), info.randomness)
+        output = _Implicit.apply(replace(call, problem=problem), init.contiguous(), *params)
+        return output, (0,) * len(output)
+
+
+class _FirstOnly(torch.autograd.Function):
+    """The identity, which refuses to be differentiated twice."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Tensor) -> Tensor:
+        ctx.call = call
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:
+        if torch.is_grad_enabled():
+            ctx.call.refuse_higher_order()
+        return None, cotangent
+
+
+def cotangents(
+    call: _Call, value: Tensor, status: Tensor, params: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[int]
+) -> list[Tensor | None]:
+    """The gradient of every parameter in ``wanted``, None for the others: ``(∂F/∂θ)ᵀ u`` with ``Jᵀu = -cotangent``."""
+    if torch.is_grad_enabled() and not in_functorch():
+        call.refuse_higher_order()
+    gradients: list[Tensor | None] = [None] * len(params)
+    with call.autocast(), _without_failed(call, status, params) as params:
+        cotangent = torch.where(widen(has_answer(status), cotangent), cotangent, 0)
+        u = _Implicit.apply(call.linear("adjoint"), torch.zeros_like(cotangent), cotangent, value, *params)[0]
+        pulled = pull(_partial(call.problem, value, params, wanted), [params[i] for i in wanted])(u) if wanted else ()
+    for i, gradient in zip(wanted, pulled, strict=True):
+        gradients[i] = None if gradient is None else _zero_failed_rows(gradient, status)
+    return gradients
+
+
+def pushed(
+    call: _Call, value: Tensor, status: Tensor, params: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> Tensor:
+    """The tangent ``w`` of the answer: ``Jw = -Σ ∂F/∂θ · dθ``."""
+    moving = [i for i, t in enumerate(tangents) if t is not None and params[i].is_floating_point()]
+    with call.autocast():
+        b = push(
+            _partial(call.problem, value, params, moving), [params[i] for i in moving], [tangents[i] for i in moving]  # type: ignore[misc]
+        )
+        b = torch.where(widen(has_answer(status), b), b, 0)
+        return _Implicit.apply(call.linear("tangent"), torch.zeros_like(b), b, value, *params)[0]  # type: ignore[no-any-return]
+
+
+def _partial(problem: Problem, z: Tensor, params: Sequence[Tensor], chosen: Sequence[int]) -> Callable[..., Tensor]:
+    """``F`` at ``z`` as a function of the chosen parameters."""
+
+    def partial(*values: Tensor) -> Tensor:
+        everything = list(params)
+        for i, v in zip(chosen, values, strict=True):
+            everything[i] = v
+        return problem.bind(*everything)(z)  # type: ignore[no-any-return]
+
+    return partial
+
+
+@contextlib.contextmanager
+def _without_failed(call: _Call, status: Tensor, params: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Parameters, and a tape, on which samples without an answer can't poison the others.
+
+    Their cotangent is zero, but zero times NaN is NaN, and a shared parameter's gradient sums over samples. So what
+    isn't finite becomes finite: in the parameters, and (in eager mode, where hooks exist) in what the tape saves.
+    """
+    if in_functorch():
+        yield [torch.where(p.isfinite(), p, 0) if p.is_floating_point() else p for p in params]
+    elif bool(has_answer(status).all()):
+        yield params
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(_finite, lambda t: t):
+            yield [_finite(p) for p in params]
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return torch.where(tensor.isfinite(), tensor, 0) if tensor.is_floating_point() else tensor
+
+
+def _zero_failed_rows(gradient: Tensor, status: Tensor) -> Tensor:
+    """Exactly zero where a batched parameter's gradient isn't finite because its sample has no answer."""
+    if gradient.shape[: status.dim()] != status.shape:
+        return gradient
+    if not in_functorch() and bool(has_answer(status).all()):
+        return gradient
+    return torch.where(widen(has_answer(status), gradient) | gradient.isfinite(), gradient, 0)
+
+
+class _Affine(Residual):
+    """``x -> operator x + offset``."""
+
+    def __init__(self, operator: linear.LinearOperator, offset: Tensor, problem: Problem) -> None:
+        super().__init__(lambda x: operator.apply(x) + offset, problem)
+        self.operator, self.offset = operator, offset
+
+
+@dataclass(frozen=True)
+class _Linearized(Problem):
+    """The condition ``Jx + b = 0`` on a tangent, or ``Jᵀx + b = 0`` on an adjoint, in parameters ``(b, z, *params)``."""
+
+    base: Problem
+    transpose: bool
+
+    @property
+    def batch_dims(self) -> int:  # type: ignore[override]
+        return self.base.batch_dims
+
+    @property
+    def properties(self) -> frozenset[linear.Property]:  # type: ignore[override]
+        return self.base.properties
+
+    def bind(self, *params: Any) -> Residual:
+        offset, z, *rest = params
+        operator = self.base.jacobian(self.base.bind(*rest), z)
+        return _Affine(operator.transpose if self.transpose else operator, offset, self)
+
+    def jacobian(self, residual: Residual, z: Tensor) -> linear.LinearOperator:
+        if not isinstance(residual, _Affine):
+            raise TypeError(f"expected the residual that bind() made, got {type(residual).__name__}")
+        return residual.operator
+
+    def vmapped(self, in_dims: tuple[int | None, ...], randomness: str) -> Problem:
+        # Inside, not around: the linearization then stays one per solve, not one per product.
+        return replace(self, base=self.base.vmapped(in_dims[2:], randomness))
+
+
+@dataclass(frozen=True)
+class LinearSolve(Solver):
+    """Solves the adjoint and tangent systems of derivatives with a linear solver."""
+
+    linear_solver: linear.LinearSolver
+
+    def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
+        residual = problem.bind(*params)
+        operator = problem.jacobian(residual, init)
+        result = self.linear_solver.solve(self.linear_solver.factor(operator), -params[0])
+        stats = {"steps": result.steps}
+        if result.residual is not None:
+            stats["residual"] = result.residual
+        # A derivative that wasn't found contributes nothing, whatever on_failure says of it.
+        solved = widen(has_answer(result.status), result.value)
+        return Solution(torch.where(solved, result.value, 0), result.status, stats)
+
+
+def _closes_over(problem: Problem, params: Sequence[Tensor], init: Tensor) -> list[str] | None:
+    """Names of tensors that the residual closes over and that want gradients (maybe unknown: empty); None if none.
+
+    Raises:
+        ProblemError: under a ``torch.func`` transform, where such a tensor belongs to a level that can't be reached.
+    """
+    if not torch.is_grad_enabled() or init.numel() == 0:
+        return None
+    output = problem.bind(*[p.detach() for p in params])(init)
+    function = getattr(problem, "function", None)
+    names = closure_names(function) if function is not None else []
+    if in_functorch():
+        level = torch._C._functorch.maybe_get_level
+        known = max([level(t) for t in (init, *params)], default=-1)
+        if output.requires_grad or level(output) > known:
+            raise ProblemError(
+                f"the residual closes over {', '.join(map(repr, names)) or 'a tensor'} that a torch.func transform "
+                "tracks; pass it as a parameter: residual(z, *params) and args=(...)"
+            )
+        return None
+    return names if output.requires_grad else None
+
+
+__all__ = ["Adjoint", "ImplicitAdjoint", "LinearSolve", "SolverError", "UnrolledAdjoint"]

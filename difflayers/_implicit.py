@@ -1,0 +1,235 @@
+"""The common interface: a problem, a solver and an adjoint make a function from parameters to answers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from difflayers import _adjoint
+from difflayers._adjoint import Adjoint, ImplicitAdjoint
+from difflayers._arrays import Packing, check_devices, to_tensors, uses_numpy
+from difflayers._autodiff import Autocast, in_functorch
+from difflayers._problem import Problem, Residual, RootProblem
+from difflayers._solution import OnFailure, Solution, check_status
+from difflayers._solver import Solver
+from difflayers.errors import ProblemError
+from difflayers.linear import Property
+
+
+@dataclass(frozen=True)
+class ImplicitFunction:
+    """A differentiable function from parameters to the answer of ``F(z, *params) = 0``; made once, called often.
+
+    Args:
+        problem: what must hold at the answer.
+        solver: finds the answer; autograd never looks inside.
+        adjoint: how the answer moves when the parameters move.
+        on_failure: what happens when a sample fails, in the solve or in a derivative's: ``"raise"`` an error,
+            ``"warn"``, or ``"ignore"`` (read the status). In the last two a sample that stopped short gives its best
+            iterate, and one without an answer gives NaN and no gradient.
+
+    Raises:
+        TypeError: the adjoint can't serve this problem or solver; the message says why.
+    """
+
+    problem: RootProblem
+    solver: Solver
+    adjoint: Adjoint = field(default_factory=ImplicitAdjoint)
+    on_failure: OnFailure = "raise"
+    _checked: set[Any] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if reason := self.adjoint.supports(self.problem, self.solver):
+            raise TypeError(f"{self.adjoint!r} can't serve here: {reason}")
+
+    def __call__(self, *params: Any, init: Any = None) -> Solution:
+        """The answer for ``params``, its value on their graph.
+
+        Args:
+            params: pytrees of tensors or arrays, and anything else; what the residual gets after ``z``.
+            init: where to start: a tensor, array or pytree like the unknown, or an earlier solution.
+
+        Raises:
+            ProblemError: shapes, dtypes or devices don't fit.
+            SolverError: a sample failed and ``on_failure`` is ``"raise"``.
+        """
+        if torch.compiler.is_compiling():
+            return _outside_dynamo()(self, params, init)
+        return self._call(params, init)
+
+    def _call(self, params: Sequence[Any], init: Any) -> Solution:
+        return self._with(params, init, self._attached)
+
+    def solve(self, *params: Any, init: Any = None) -> Solution:
+        """The same numbers without a graph."""
+        with torch.no_grad():
+            return self._with(params, init, self._detached)
+
+    def vjp(self, params: Sequence[Any], solution: Solution, cotangent: Any) -> tuple[Any, ...]:
+        """The gradient of ``<cotangent, value>`` for every parameter, None where it isn't a floating tensor."""
+        posed = _Posed.of(self.problem, params, solution)
+        tensors = [t.detach() for t in posed.tensors]
+        floating = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+        with torch.no_grad():
+            gradients = _adjoint.cotangents(
+                self._rules(posed), posed.init, solution.status, tensors, posed.packing.pack(cotangent), floating
+            )
+        return posed.arguments([
+            torch.zeros_like(tensors[i]) if g is None and i in floating else g for i, g in enumerate(gradients)
+        ])
+
+    def jvp(self, params: Sequence[Any], solution: Solution, tangents: Sequence[Any]) -> Any:
+        """How the value moves when the parameters move along ``tangents``, None for those that stand still."""
+        posed = _Posed.of(self.problem, params, solution)
+        tensors = [t.detach() for t in posed.tensors]
+        aligned = posed.align(tangents)
+        with torch.no_grad():
+            moved = _adjoint.pushed(self._rules(posed), posed.init, solution.status, tensors, aligned)
+        return posed.packing.unpack(moved)
+
+    def _rules(self, posed: _Posed) -> Any:
+        if not isinstance(self.adjoint, ImplicitAdjoint):
+            raise TypeError(f"vjp and jvp need ImplicitAdjoint, not {self.adjoint!r}")
+        return _adjoint._Call(
+            posed.problem, self.solver, self.adjoint.linear_solver, self.on_failure, Autocast.current(posed.init.device)
+        )
+
+    def _with(self, params: Sequence[Any], init: Any, solve: Callable[[_Posed], Solution]) -> Solution:
+        start = init.value if isinstance(init, Solution) else init
+        numpy = uses_numpy(start, params)
+        start = to_tensors(start)
+        like = next((leaf for leaf in pytree.tree_leaves(start) if isinstance(leaf, Tensor)), None)
+        if like is None:
+            raise ProblemError("init is missing: pass the starting point of the solve, a tensor like the unknown")
+        posed = _Posed.of(self.problem, to_tensors(tuple(params), like), start)
+        self._check_once(posed)
+        solution = solve(posed)
+        solution = replace(solution, value=posed.packing.unpack(solution.value))
+        return solution.numpy() if numpy else solution
+
+    def _attached(self, posed: _Posed) -> Solution:
+        return self.adjoint.apply(posed.problem, self.solver, posed.tensors, posed.init, self.on_failure)
+
+    def _detached(self, posed: _Posed) -> Solution:
+        solution = _adjoint.watch(
+            "forward", self.solver, lambda: self.solver.solve(posed.problem, posed.tensors, posed.init)
+        )
+        solution = replace(solution, value=_adjoint.mask_failed(solution.value, solution.status))
+        return check_status(solution, self.on_failure)
+
+    def _check_once(self, posed: _Posed) -> None:
+        """The checks that cost evaluations, once per shape and training mode."""
+        if in_functorch():
+            return
+        function = self.problem.function
+        modes = tuple(m.training for m in function.modules()) if isinstance(function, nn.Module) else ()
+        key = (posed.init.shape, modes)
+        if key not in self._checked:
+            with torch.no_grad():
+                posed.problem.base.check(posed.values(posed.tensors), posed.packing.unpack(posed.init))
+            self._checked.add(key)
+
+
+@dataclass(frozen=True)
+class _Posed:
+    """A problem with its data: what users wrote, as tensors in a row."""
+
+    problem: _Flat
+    tensors: tuple[Tensor, ...]
+    init: Tensor
+
+    @classmethod
+    def of(cls, problem: RootProblem, params: Sequence[Any], init: Any) -> _Posed:
+        start = init.value if isinstance(init, Solution) else init
+        start = pytree.tree_map_only(Tensor, torch.Tensor.detach, start)
+        packing = Packing.of(start, problem.batch_dims)
+        module = dict(problem.function.named_parameters()) if isinstance(problem.function, nn.Module) else {}
+        leaves, structure = pytree.tree_flatten((module, tuple(params)))
+        fixed = tuple(None if isinstance(leaf, Tensor) else _Fixed(leaf) for leaf in leaves)
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        unknown = packing.pack(start)
+        check_devices(list(tensors), unknown)
+        return cls(_Flat(problem, packing, structure, fixed), tensors, unknown)
+
+    @property
+    def packing(self) -> Packing:
+        return self.problem.packing
+
+    def values(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        """The parameters as the residual gets them."""
+        return self.problem.unflatten(tensors)[1]
+
+    def arguments(self, results: Sequence[Any]) -> tuple[Any, ...]:
+        """One result per tensor in the structure of the parameters; None in place of what isn't a tensor."""
+        found = iter(results)
+        leaves = [next(found) if fixed is None else None for fixed in self.problem.fixed]
+        return pytree.tree_unflatten(leaves, self.problem.structure)[1]  # type: ignore[no-any-return]
+
+    def align(self, tangents: Sequence[Any]) -> list[Tensor | None]:
+        """One tangent per tensor, from trees that hold None where nothing moves."""
+        module_size = len(self.problem.unflatten(self.tensors)[0])
+        aligned: list[Tensor | None] = [None] * module_size
+        for value, tangent in zip(self.values(self.tensors), tangents, strict=True):
+            leaves = pytree.tree_leaves(value)
+            moved = [None] * len(leaves) if tangent is None else pytree.tree_leaves(tangent)
+            aligned += [t for leaf, t in zip(leaves, moved, strict=True) if isinstance(leaf, Tensor)]
+        return aligned
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """A parameter that isn't a tensor."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class _Flat(Problem):
+    """A problem on one packed unknown and a row of tensors, module parameters first."""
+
+    base: RootProblem
+    packing: Packing
+    structure: pytree.TreeSpec
+    fixed: tuple[_Fixed | None, ...]
+
+    @property
+    def batch_dims(self) -> int:  # type: ignore[override]
+        return self.base.batch_dims
+
+    @property
+    def properties(self) -> frozenset[Property]:  # type: ignore[override]
+        return self.base.properties
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return self.base.function
+
+    def unflatten(self, tensors: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        found = iter(tensors)
+        leaves = [next(found) if fixed is None else fixed.value for fixed in self.fixed]
+        return pytree.tree_unflatten(leaves, self.structure)  # type: ignore[no-any-return]
+
+    def bind(self, *tensors: Any) -> Residual:
+        module_params, params = self.unflatten(tensors)
+        problem = self.base
+        if isinstance(problem.function, nn.Module):
+            problem = problem.with_function(functools.partial(_functional, problem.function, module_params))
+        residual = problem.bind(*params)
+        pack, unpack = self.packing.pack, self.packing.unpack
+        return Residual(lambda z: pack(residual.untracked(unpack(z))), self)
+
+
+def _functional(module: nn.Module, params: dict[str, Tensor], *args: Any) -> Any:
+    return torch.func.functional_call(module, params, args)
+
+
+@functools.cache
+def _outside_dynamo() -> Callable[..., Solution]:
+    # Made on first use: torch.compiler.disable imports the whole of dynamo.
+    return torch.compiler.disable(ImplicitFunction._call)  # type: ignore[no-any-return]

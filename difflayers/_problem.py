@@ -1,0 +1,207 @@
+"""What must hold at the answer: equations and shapes, no numerics."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from difflayers._autodiff import in_functorch, pull
+from difflayers.errors import ProblemError
+from difflayers.linear import JacobianOperator, LinearOperator, Property
+
+
+class Residual:
+    """``z -> F(z)`` for bound parameters. Remembers its last evaluation, so asking twice at one ``z`` costs once.
+
+    Attributes:
+        problem: the problem that it came from.
+        evaluations: how often it was evaluated.
+        active: the samples that a loop is still working on, or None for all.
+    """
+
+    def __init__(self, fn: Callable[[Any], Any], problem: Problem) -> None:
+        self._fn, self.problem = fn, problem
+        self.evaluations = 0
+        self.active: Tensor | None = None
+        self._point: Any = None
+        self._value: Any = None
+
+    def __call__(self, z: Any) -> Any:
+        if z is not self._point:
+            self._point, self._value = z, self._fn(z)
+            self.evaluations += 1
+        return self._value
+
+    def jacobian(self, z: Tensor) -> LinearOperator:
+        """``∂F/∂z`` at ``z``."""
+        return self.problem.jacobian(self, z)
+
+    def untracked(self, z: Any) -> Any:
+        """``F(z)`` without remembering or counting: for derivatives."""
+        return self._fn(z)
+
+
+class Problem(ABC):
+    """A condition ``F(z, params) = 0`` per sample.
+
+    Attributes:
+        batch_dims: how many leading dimensions of ``z`` index independent problems.
+        properties: what is known of ``∂F/∂z``; see :data:`difflayers.linear.Property`.
+    """
+
+    batch_dims: int
+    properties: frozenset[Property]
+
+    @abstractmethod
+    def bind(self, *params: Any) -> Residual:
+        """The residual for these parameters; what doesn't depend on ``z`` is evaluated here, once."""
+
+    def check(self, params: Sequence[Any], init: Any) -> None:
+        """Raise :class:`~difflayers.errors.ProblemError`, naming sizes, if the problem can't be posed."""
+
+    def jacobian(self, residual: Residual, z: Tensor) -> LinearOperator:
+        """``∂F/∂z`` at ``z``, by autodiff products unless the problem knows better."""
+        return JacobianOperator(residual.untracked, z, self.batch_dims, self.properties)
+
+    def vmapped(self, in_dims: tuple[int | None, ...], randomness: str) -> Problem:
+        """The same condition with one more leading batch dimension; ``in_dims`` says which params have it."""
+        return _Vmapped(self, in_dims, randomness)
+
+
+@dataclass(frozen=True)
+class RootProblem(Problem):
+    """``residual(z, *params) = 0``.
+
+    Args:
+        residual: a function or ``nn.Module`` of ``(z, *params)`` that returns what must vanish, shaped like ``z``.
+            ``z`` and ``params`` may be pytrees. The parameters of a module are differentiated without being passed;
+            tensors that a function merely closes over get first derivatives only.
+        batch_dims: leading dimensions of ``z`` that index independent problems; a promise by the caller.
+        properties: what is known of the Jacobian; see :data:`difflayers.linear.Property`.
+    """
+
+    residual: Callable[..., Any]
+    batch_dims: int = 0
+    properties: frozenset[Property] = frozenset()
+
+    def bind(self, *params: Any) -> Residual:
+        return Residual(lambda z: matched(self.residual(z, *params), z, "residual"), self)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The user's callable."""
+        return self.residual
+
+    def with_function(self, function: Callable[..., Any]) -> RootProblem:
+        """The same problem around another callable."""
+        return replace(self, residual=function)
+
+    def check(self, params: Sequence[Any], init: Any) -> None:
+        """Evaluate once, which checks shapes, and test the promise that ``batch_dims`` is.
+
+        Raises:
+            ProblemError: a sample's residual depends on another sample's unknown.
+        """
+        if self.batch_dims and not in_functorch():
+            _check_independence(self.bind(*params).untracked, init, self.batch_dims)
+
+
+@dataclass(frozen=True)
+class _Vmapped(Problem):
+    base: Problem
+    in_dims: tuple[int | None, ...]
+    randomness: str
+
+    @property
+    def batch_dims(self) -> int:  # type: ignore[override]
+        return self.base.batch_dims + 1
+
+    @property
+    def properties(self) -> frozenset[Property]:  # type: ignore[override]
+        return self.base.properties
+
+    def bind(self, *params: Any) -> Residual:
+        def evaluate(z: Tensor) -> Tensor:
+            one = torch.func.vmap(
+                lambda z, *p: self.base.bind(*p)(z), (0, *self.in_dims), randomness=self.randomness
+            )
+            result: Tensor = one(z, *params)
+            return result
+
+        return Residual(evaluate, self)
+
+
+def matched(value: Any, z: Any, name: str) -> Any:
+    """``value``, after checking that it has the structure, shapes, dtype and device of ``z``."""
+    leaves, structure = pytree.tree_flatten(value)
+    wanted, wanted_structure = pytree.tree_flatten(z)
+    if structure != wanted_structure:
+        raise ProblemError(f"{name} returned the structure {structure}, but the unknown has {wanted_structure}")
+    return pytree.tree_unflatten([_matched_leaf(v, w, name) for v, w in zip(leaves, wanted, strict=True)], structure)
+
+
+def _matched_leaf(value: Any, z: Tensor, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ProblemError(f"{name} returned {type(value).__name__}; write it with torch operations")
+    if value.shape != z.shape:
+        raise ProblemError(f"{name} returned shape {tuple(value.shape)}, but the unknown has {tuple(z.shape)}")
+    if value.device != z.device:
+        raise ProblemError(f"{name} returned a tensor on {value.device}, but the unknown is on {z.device}")
+    if value.dtype != z.dtype:
+        if torch.is_autocast_enabled(z.device.type):
+            return value.to(z.dtype)
+        raise ProblemError(
+            f"{name} returned {value.dtype}, but the unknown is {z.dtype}; convert parameters or init with .to()"
+        )
+    return value
+
+
+def _check_independence(fn: Callable[[Any], Any], init: Any, batch_dims: int) -> None:
+    leaves, structure = pytree.tree_flatten(init)
+    samples = leaves[0].shape[:batch_dims].numel()
+    if samples < 2 or leaves[0].numel() == 0:
+        return
+
+    def flat(*parts: Tensor) -> Tensor:
+        value = pytree.tree_leaves(fn(pytree.tree_unflatten(parts, structure)))
+        return torch.cat([v.reshape(samples, -1) for v in value], dim=1)
+
+    with torch.no_grad():
+        rows = sum(leaf.numel() for leaf in leaves) // samples
+        cotangent = leaves[0].new_zeros(samples, rows)
+        cotangent[0] = torch.linspace(1, 2, rows, dtype=cotangent.dtype, device=cotangent.device)
+        pulled = pull(flat, [leaf.detach() for leaf in leaves])(cotangent)
+    for leaf in pulled:
+        if leaf is None:
+            continue
+        others = leaf.reshape(samples, -1)[1:]
+        if bool(((others != 0) & others.isfinite()).any()):  # a NaN sample shows NaN here, and couples nothing
+            raise ProblemError(
+                f"batch_dims={batch_dims} promises independent samples, but the residual of sample 0 depends on the "
+                "unknown of others (batch statistics? a graph's nodes as rows?); use batch_dims=0, or normalize per "
+                "sample"
+            )
+
+
+def closure_names(fn: Callable[..., Any]) -> list[str]:
+    """Names of the tensors that want gradients and that ``fn`` reads without having them as parameters."""
+    try:
+        variables = inspect.getclosurevars(inspect.unwrap(fn))
+    except TypeError:
+        return []
+    found = {**variables.globals, **variables.nonlocals}
+    return sorted(name for name, value in found.items() if any(t.requires_grad for t in _tensors(value)))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, nn.Module):
+        yield from value.parameters()
+    else:
+        yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))

@@ -1,0 +1,304 @@
+"""How answers are found: the one masked loop for batched solvers, the one loop over samples for the others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from difflayers._arrays import default_tolerance
+from difflayers._problem import Problem, Residual
+from difflayers._solution import Solution, Status, has_answer
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Solver(ABC):
+    """Finds ``z`` with ``F(z) = 0`` from ``init``; a frozen dataclass of tolerances and options.
+
+    ``value`` may be anything finite where a sample has no answer: whoever calls masks it by status.
+    """
+
+    @abstractmethod
+    def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
+        """The solution for ``init`` of shape ``(*batch, *event)``."""
+
+
+@dataclass(frozen=True)
+class IterativeSolver(Solver):
+    """A batched iteration with per-sample tolerance, masks, status and statistics.
+
+    A sample is done at ``‖F(z)‖ <= atol + rtol · scale``: ``scale`` is ``‖z‖`` for fixed-point problems (the relative
+    residual of the field) and ``‖F(init)‖`` for others. It then stands still while the others go on.
+
+    Args:
+        rtol: relative tolerance; None is what the dtype allows with some room (4e-11 in float64, 2e-5 in float32).
+        atol: absolute tolerance; None likewise.
+        max_steps: steps before a sample is ``MAX_STEPS``.
+        patience: steps without a new best residual before a sample is ``STALLED``.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    max_steps: int = 200
+    patience: int = field(default=50, kw_only=True)
+
+    @abstractmethod
+    def init(self, residual: Residual, z: Tensor) -> Any:
+        """What the iteration remembers between steps."""
+
+    @abstractmethod
+    def step(self, residual: Residual, z: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next iterate of every sample. ``residual(z)`` is remembered and costs nothing here."""
+
+    def error(self, residual: Residual, z: Tensor) -> Tensor:
+        """What falls below the tolerance at the answer, ``(*batch,)``."""
+        return sample_norm(residual(z).detach(), residual.problem.batch_dims)
+
+    def failure(self, state: Any) -> Tensor | None:
+        """The :class:`Status` of samples that the last step gave up on, SUCCESS for others; None for no sample."""
+        return None
+
+    def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
+        if init.numel() == 0:
+            return _empty(init, problem.batch_dims)
+        residual = problem.bind(*params)
+        run = _Run(self, residual, init)
+        state = self.init(residual, init)
+        for _ in range(self.max_steps):
+            if not run.active.any():
+                break
+            residual.active = run.active
+            proposal, state = self.step(residual, run.z, state)
+            run.advance(proposal, self.failure(state))
+        return run.solution()
+
+
+class _Run:
+    """The bookkeeping of one :meth:`IterativeSolver.solve`."""
+
+    halvings = 10
+
+    def __init__(self, solver: IterativeSolver, residual: Residual, init: Tensor) -> None:
+        floor = default_tolerance(init.dtype)
+        self.rtol = floor if solver.rtol is None else solver.rtol
+        self.atol = floor if solver.atol is None else solver.atol
+        self.solver, self.residual, self.z = solver, residual, init
+        self.batch_dims = residual.problem.batch_dims
+        self.relative = "fixed_point" in residual.problem.properties
+        self.error = self.first = solver.error(residual, init)
+        self.best, self.best_error = init, torch.where(self.error.isfinite(), self.error, torch.inf)
+        self.steps = torch.zeros_like(self.error, dtype=torch.int64)
+        self.best_step = self.steps
+        self.status = torch.full_like(self.steps, int(Status.MAX_STEPS))
+        self._mark(~self.error.isfinite(), Status.NONFINITE)
+        self._mark(self.converged(), Status.SUCCESS)
+
+    @property
+    def active(self) -> Tensor:
+        return self.status == Status.MAX_STEPS
+
+    def scale(self) -> Tensor:
+        return sample_norm(self.z.detach(), self.batch_dims) if self.relative else self.first
+
+    def converged(self) -> Tensor:
+        return self.error <= self.atol + self.rtol * self.scale()
+
+    def advance(self, proposal: Tensor, failure: Tensor | None) -> None:
+        if failure is not None:
+            self.status = torch.where(self.active & (failure != Status.SUCCESS), failure.to(torch.int64), self.status)
+        active = self.active
+        moved = proposal if bool(active.all()) else torch.where(self._wide(active), proposal, self.z)
+        moved, error, finite = self._settle(moved, active)
+        self._mark(active & ~finite, Status.NONFINITE)
+        self.z = moved
+        self.error = torch.where(active & finite, error, self.error)
+        self.steps = self.steps + active
+        better = self.error < self.best_error
+        self.best = torch.where(self._wide(better), self.z, self.best)
+        self.best_error = torch.where(better, self.error, self.best_error)
+        self.best_step = torch.where(better, self.steps, self.best_step)
+        self._mark(self.active & self.converged(), Status.SUCCESS)
+        self._mark(self.active & (self.steps - self.best_step >= self.solver.patience), Status.STALLED)
+
+    def _settle(self, moved: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A trial point where F isn't finite goes halfway back, a few times; then back to where it came from."""
+        error = self.solver.error(self.residual, moved)
+        finite = error.isfinite() | ~active
+        for _ in range(self.halvings):
+            if bool(finite.all()):
+                return moved, error, finite
+            # From finite to non-finite z the midpoint isn't finite either: then the start is the only safe place.
+            middle = torch.nan_to_num(self.z + (moved - self.z) / 2, nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
+            moved = torch.where(self._wide(finite), moved, torch.where(middle.isfinite(), middle, self.z))
+            error = self.solver.error(self.residual, moved)
+            finite = error.isfinite() | ~active
+        return torch.where(self._wide(finite), moved, self.z), error, finite
+
+    def solution(self) -> Solution:
+        unconverged = (self.status == Status.MAX_STEPS) | (self.status == Status.STALLED)
+        value = torch.where(self._wide(unconverged), self.best, self.z)
+        error = torch.where(unconverged, self.best_error, self.error)
+        scale = self.scale()
+        stats = {
+            "steps": self.steps,
+            "evaluations": torch.full_like(self.steps, self.residual.evaluations),
+            "residual": error,
+            "relative_residual": torch.where(scale > 0, error / scale.clamp_min(torch.finfo(scale.dtype).tiny), error),
+        }
+        return Solution(value, self.status.to(torch.int8), stats)
+
+    def _mark(self, samples: Tensor, status: Status) -> None:
+        self.status = torch.where(samples, int(status), self.status)
+
+    def _wide(self, mask: Tensor) -> Tensor:
+        return widen(mask, self.z)
+
+
+@dataclass(frozen=True)
+class HostResult:
+    """What a host routine found for one sample; ``x`` as it was given."""
+
+    x: Array
+    status: Status
+    steps: int = 0
+
+
+class HostResidual:
+    """One sample's residual as a NumPy function, and its Jacobian.
+
+    Attributes:
+        evaluations: how often it was called.
+        raised: the exception that the residual itself raised, if any: that one is the user's to see.
+    """
+
+    def __init__(self, residual: Residual, z: Tensor, sample: int) -> None:
+        self._residual, self._z, self._sample = residual, z, sample
+        self.evaluations = 0
+        self.raised: Exception | None = None
+
+    def __call__(self, x: Array) -> Array:
+        self.evaluations += 1
+        return self._guarded(lambda: _host(self._rows(self._residual(self._place(x)))[self._sample]).reshape(x.shape))
+
+    def jacobian(self, x: Array) -> Array:
+        """``∂F/∂x``, ``(n, n)``, by ``n`` vector-Jacobian products."""
+        return self._guarded(lambda: _host(self._residual.jacobian(self._place(x)).dense[self._sample]))
+
+    def _place(self, x: Array) -> Tensor:
+        # Which parameters are batched is the callable's secret, so one sample is solved inside the whole batch.
+        rows = self._rows(self._z).clone()
+        rows[self._sample] = torch.as_tensor(np.asarray(x), dtype=rows.dtype, device=rows.device).reshape(-1)
+        return rows.reshape(self._z.shape)
+
+    def _rows(self, z: Tensor) -> Tensor:
+        return z.reshape(z.shape[: self._residual.problem.batch_dims].numel(), -1)
+
+    def _guarded(self, evaluate: Callable[[], Array]) -> Array:
+        try:
+            with torch.no_grad():
+                return evaluate()
+        except Exception as error:
+            self.raised = error
+            raise
+
+
+@dataclass(frozen=True)
+class HostSolver(Solver):
+    """Solves one sample at a time on the host, in NumPy.
+
+    A result is ``SUCCESS`` only if its residual confirms it: ``‖F(x)‖ <= √rtol · ‖F(x0)‖`` or
+    ``‖F(x)‖ <= rtol · (1 + ‖x‖)``; otherwise it is ``STALLED``, whatever the routine says.
+    """
+
+    @abstractmethod
+    def solve_sample(self, fn: HostResidual, x0: Array) -> HostResult:
+        """The answer for one sample; ``x0`` and the result have the shape of one sample."""
+
+    def accuracy(self, dtype: torch.dtype) -> float:
+        """The ``rtol`` against which results are confirmed."""
+        return max(default_tolerance(dtype), 1e-8)
+
+    def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
+        if init.numel() == 0:
+            return _empty(init, problem.batch_dims)
+        residual = problem.bind(*params)
+        batch, event = init.shape[: problem.batch_dims], init.shape[problem.batch_dims :]
+        starts = _host(init).reshape(-1, *event)
+        results = [self._solve_one(residual, init, i, x0) for i, x0 in enumerate(starts)]
+        value = torch.as_tensor(np.stack([x for x, *_ in results]), dtype=init.dtype, device=init.device)
+        columns = [torch.tensor(column, device=init.device).reshape(batch) for column in list(zip(*results))[1:]]
+        status, steps, evaluations, norm = columns
+        stats = {"steps": steps, "evaluations": evaluations, "residual": norm}
+        return Solution(value.reshape(init.shape), status.to(torch.int8), stats)
+
+    def _solve_one(
+        self, residual: Residual, init: Tensor, sample: int, x0: Array
+    ) -> tuple[Array, int, int, int, float]:
+        fn = HostResidual(residual, init, sample)
+        first = float(np.linalg.norm(fn(x0)))
+        if not np.isfinite(first):
+            return np.nan_to_num(x0), int(Status.NONFINITE), 0, 1, first
+        result = self.solve_sample(fn, x0.copy())
+        x = np.asarray(result.x, dtype=x0.dtype).reshape(x0.shape)
+        norm = float(np.linalg.norm(fn(x)))
+        if not np.isfinite(norm):
+            return x0, int(Status.NONFINITE), result.steps, fn.evaluations, norm
+        rtol = self.accuracy(init.dtype)
+        confirmed = norm <= max(rtol**0.5 * first, rtol * (1 + float(np.linalg.norm(x))))
+        status = Status.STALLED if result.status is Status.SUCCESS and not confirmed else result.status
+        return x, int(status), result.steps, fn.evaluations, norm
+
+
+@dataclass(frozen=True)
+class CallableSolver(HostSolver):
+    """Any routine that can call a residual: ``fn(residual, z0) -> z``, in NumPy, one sample at a time.
+
+    ``residual`` is a function of one array shaped like ``z0``, with ``residual.jacobian(z)`` of shape ``(n, n)``.
+    Exceptions of ``fn`` are the caller's to see. Whether its answer is one is checked; see :class:`HostSolver`.
+
+    Args:
+        fn: the routine.
+        rtol: the accuracy that its answers are held to; None is 1e-8, or what the dtype allows.
+    """
+
+    fn: Callable[[HostResidual, Array], Array]
+    rtol: float | None = None
+
+    def accuracy(self, dtype: torch.dtype) -> float:
+        return super().accuracy(dtype) if self.rtol is None else self.rtol
+
+    def solve_sample(self, fn: HostResidual, x0: Array) -> HostResult:
+        return HostResult(self.fn(fn, x0), Status.SUCCESS)
+
+
+def sample_norm(tensor: Tensor, batch_dims: int) -> Tensor:
+    """The Euclidean norm of every sample, ``(*batch,)``."""
+    return torch.linalg.vector_norm(tensor.reshape(*tensor.shape[:batch_dims], -1), dim=-1)
+
+
+def widen(mask: Tensor, like: Tensor) -> Tensor:
+    """A per-sample mask, broadcastable over ``like``."""
+    return mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))
+
+
+def mask_failed(value: Tensor, status: Tensor) -> Tensor:
+    """NaN, with zero gradient, where a sample has no answer."""
+    return torch.where(widen(has_answer(status), value), value, torch.nan)
+
+
+def _host(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().cpu().to(torch.float64).numpy()
+    return array
+
+
+def _empty(init: Tensor, batch_dims: int) -> Solution:
+    batch = init.shape[:batch_dims]
+    counts = torch.zeros(batch, dtype=torch.int64, device=init.device)
+    stats = {"steps": counts, "evaluations": counts, "residual": init.new_zeros(batch)}
+    return Solution(init.clone(), counts.to(torch.int8), stats)

@@ -1,0 +1,79 @@
+"""Every method of ``scipy.optimize.root``, one sample at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from difflayers._solution import Status
+from difflayers._solver import Array, HostResidual, HostResult, HostSolver
+from difflayers.errors import UnknownNameError
+
+_STEP_LIMIT = {
+    "hybr": "maxfev",
+    "lm": "maxiter",
+    "df-sane": "maxfev",
+    "broyden1": "maxiter",
+    "broyden2": "maxiter",
+    "anderson": "maxiter",
+    "linearmixing": "maxiter",
+    "diagbroyden": "maxiter",
+    "excitingmixing": "maxiter",
+    "krylov": "maxiter",
+}
+_USES_JACOBIAN = ("hybr", "lm")
+# MINPACK's info codes: 2 and 3 of hybrd are limits, 4 and 5 slow progress; 5 of lmder is the limit.
+_MINPACK = {"hybr": {2: Status.MAX_STEPS, 3: Status.STALLED}, "lm": {5: Status.MAX_STEPS}}
+
+
+@dataclass(frozen=True)
+class ScipyRoot(HostSolver):
+    """``scipy.optimize.root``, in float64 on the host; ``hybr`` and ``lm`` get the exact Jacobian.
+
+    Args:
+        method: any method of ``scipy.optimize.root``.
+        rtol: SciPy's ``tol``, whose meaning depends on the method; None is SciPy's default.
+        max_steps: the method's limit: evaluations for ``hybr``, ``lm`` and ``df-sane``, iterations for the others;
+            None is SciPy's default.
+    """
+
+    method: str = "hybr"
+    rtol: float | None = None
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in _STEP_LIMIT:
+            raise UnknownNameError("method", self.method, tuple(_STEP_LIMIT))
+
+    def solve_sample(self, fn: HostResidual, x0: Array) -> HostResult:
+        from scipy.optimize import root
+
+        options = {} if self.max_steps is None else {_STEP_LIMIT[self.method]: self.max_steps}
+        if self.method == "df-sane":
+            # Its default demands a residual of 1e-5 relative to the first one, far from what a derivative needs.
+            options |= {"fatol": 1e-10, "ftol": 1e-12} if self.rtol is None else {"fatol": 1e-300, "ftol": self.rtol}
+        jacobian = (lambda x: fn.jacobian(x.reshape(x0.shape))) if self.method in _USES_JACOBIAN else None
+        try:
+            with np.errstate(all="ignore"):
+                result = root(
+                    lambda x: fn(x.reshape(x0.shape)).reshape(-1),
+                    x0.reshape(-1),
+                    jac=jacobian,
+                    method=self.method,
+                    tol=None if self.method == "df-sane" else self.rtol,
+                    options=options,
+                )
+        except (ArithmeticError, ValueError, np.linalg.LinAlgError):
+            if fn.raised is not None:
+                raise
+            return HostResult(x0, Status.BACKEND_ERROR)
+        return HostResult(result.x.reshape(x0.shape), self._status(result), int(result.get("nit", result.nfev)))
+
+    def _status(self, result: Any) -> Status:
+        if result.success:
+            return Status.SUCCESS
+        if self.method in _MINPACK:
+            return _MINPACK[self.method].get(result.status, Status.STALLED)
+        return Status.MAX_STEPS
