@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable  # noqa: F401
 
 from difflayers import linear
-from difflayers._autodiff import Autocast, in_functorch, pull, push
+from difflayers._autodiff import Autocast, in_functorch, primal, pull, push
 from difflayers._monitor import Role, watch
 from difflayers._problem import Problem, Residual, closure_names
 from difflayers._solution import OnFailure, Solution, check_status, has_answer
@@ -165,8 +164,11 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _call: None, _init: None, *tangents: Tensor | None) -> tuple[Any, ...]:
-        value, status, *params = ctx.saved_tensors
-        tangent = pushed(ctx.call, value, status, params, tangents)
+        # Torch switches forward mode off in here, and an enclosing transform would silently lose its own tangents:
+        # switch it on again, for primals that this transform has nothing more to do with.
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+            value, status, *params = [primal(t) for t in ctx.saved_tensors]
+            tangent = pushed(ctx.call, value, status, params, tangents)
         return (tangent, *[None] * (1 + len(ctx.call.stat_names)))
 
     @staticmethod
@@ -176,13 +178,10 @@ class _Implicit(torch.autograd.Function):
         _, init_dim, *dims = in_dims
         params = tuple(p if d is None else p.movedim(d, 0) for p, d in zip(params, dims, strict=True))
         init = init.expand(info.batch_size, *init.shape) if init_dim is None else init.movedim(init_dim, 0)
-        if call.role != "forward" and dims[0] is None:
-            params = (params[0].expand(info.batch_size, *params[0].shape), *params[1:])
-            dims = [0, *dims[1:]]
-        if call.role != "forward" and dims[1] is None:
-            params = (params[0], params[1].expand(info.batch_size, *params[1].shape), *params[2:])
-            dims = [dims[0], 0, *dims[2:]]
-        problem = call.problem.vmapped(tuple(None if d is None else 0 for d in dims), info.randomness)
+        shared = [i for i in range(call.problem.points) if dims[i] is None]
+        params = tuple(p.unsqueeze(0).repeat(info.batch_size, *[1] * p.dim()) if i in shared else p for i, p in enumerate(params))
+        in_batch = tuple(None if d is None and i not in shared else 0 for i, d in enumerate(dims))
+        problem = call.problem.vmapped(in_batch, info.randomness)
         output = _Implicit.apply(replace(call, problem=problem), init.contiguous(), *params)
         return output, (0,) * len(output)
 
@@ -294,6 +293,10 @@ class _Linearized(Problem):
     @property
     def properties(self) -> frozenset[linear.Property]:  # type: ignore[override]
         return self.base.properties
+
+    @property
+    def points(self) -> int:  # type: ignore[override]
+        return 2 + self.base.points
 
     def bind(self, *params: Any) -> Residual:
         offset, z, *rest = params

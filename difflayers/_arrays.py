@@ -103,5 +103,5 @@ class Packing:
         if self.structure.is_leaf():
             return packed
         parts = packed.split([shape.numel() for shape in self.shapes], dim=-1)
-        leaves = [part.reshape(*part.shape[:-1], *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        leaves = [part.reshape(part.shape[:-1] + shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return pytree.tree_unflatten(leaves, self.structure)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Function = Callable[..., Tensor]
 Pullback = Callable[[Tensor], tuple[Tensor | None, ...]]
@@ -67,6 +68,12 @@ def push(fn: Function, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> 
         [p for p, _ in live], cotangent, [t for _, t in live], create_graph=torch.is_grad_enabled()
     )
     return product
+
+
+def primal(tensor: Tensor) -> Tensor:
+    """The tensor without the tangent of the innermost forward-mode level."""
+    bare: Tensor = forward_ad.unpack_dual(tensor, level=0).primal
+    return bare
 
 
 def _trace(fn: Function, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

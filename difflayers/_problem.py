@@ -58,6 +58,7 @@ class Problem(ABC):
 
     batch_dims: int
     properties: frozenset[Property]
+    points: int = 0  # how many leading params are points (*batch, *event) like z, so that vmap must batch them with it
 
     @abstractmethod
     def bind(self, *params: Any) -> Residual:
@@ -196,8 +197,9 @@ def closure_names(fn: Callable[..., Any]) -> list[str]:
         variables = inspect.getclosurevars(inspect.unwrap(fn))
     except TypeError:
         return []
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     found = {**variables.globals, **variables.nonlocals}
-    return sorted(name for name, value in found.items() if any(t.requires_grad for t in _tensors(value)))
+    return sorted(name for name, value in found.items() if any(t.requires_grad or is_wrapped(t) for t in _tensors(value)))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

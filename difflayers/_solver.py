@@ -279,7 +279,7 @@ class CallableSolver(HostSolver):
 
 def sample_norm(tensor: Tensor, batch_dims: int) -> Tensor:
     """The Euclidean norm of every sample, ``(*batch,)``."""
-    return torch.linalg.vector_norm(tensor.reshape(*tensor.shape[:batch_dims], -1), dim=-1)
+    return torch.linalg.vector_norm(tensor, dim=tuple(range(batch_dims, tensor.dim()))) if tensor.dim() > batch_dims else tensor.abs()
 
 
 def widen(mask: Tensor, like: Tensor) -> Tensor:

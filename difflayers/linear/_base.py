@@ -75,7 +75,7 @@ class IterativeLinearSolver(LinearSolver):
 
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
         operator = factor.operator
-        flat = rhs.reshape(operator.samples, -1)
+        flat = rhs.reshape(operator.samples, operator.size)
         rtol = default_tolerance(rhs.dtype) if self.rtol is None else self.rtol
         tolerance = self.atol + rtol * flat.norm(dim=1)
         x, residual, steps = self.iterate(operator.products(transpose), flat, tolerance)

@@ -25,7 +25,7 @@ class LU(LinearSolver):
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
         lu, pivots = factor.data
         operator, matrix = factor.operator, factor.operator.dense
-        flat = rhs.reshape(operator.samples, -1)
+        flat = rhs.reshape(operator.samples, operator.size)
         status = pivot_status(lu)
         x = torch.linalg.lu_solve(lu, pivots, flat.unsqueeze(-1), adjoint=transpose).squeeze(-1)
         x = torch.where((status == Status.SUCCESS)[:, None], x, 0)
@@ -52,7 +52,7 @@ class LeastSquares(LinearSolver):
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
         inverse, finite = factor.data
         operator, matrix = factor.operator, factor.operator.dense
-        flat = rhs.reshape(operator.samples, -1)
+        flat = rhs.reshape(operator.samples, operator.size)
         x = ((inverse.mT if transpose else inverse) @ flat.unsqueeze(-1)).squeeze(-1)
         status = torch.where(finite & flat.isfinite().all(1), int(Status.SUCCESS), int(Status.NONFINITE))
         residual = _residual(matrix.mT if transpose else matrix, x, flat)

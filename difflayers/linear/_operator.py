@@ -52,7 +52,7 @@ class LinearOperator(ABC):
     @cached_property
     def dense(self) -> Tensor:
         """The matrices, ``(samples, size, size)``, by ``size`` transposed products."""
-        rows = [self.apply_transpose(unit).reshape(self.samples, -1) for unit in self._units()]
+        rows = [self.apply_transpose(unit).reshape(self.samples, self.size) for unit in self._units()]
         return torch.stack(rows, dim=1) if rows else self.like.new_zeros(self.samples, 0, 0)
 
     @property
@@ -63,7 +63,7 @@ class LinearOperator(ABC):
     def products(self, transpose: bool) -> Callable[[Tensor], Tensor]:
         """The product as a function on ``(samples, size)`` matrices."""
         apply = self.apply_transpose if transpose else self.apply
-        return lambda x: apply(x.reshape(self.like.shape)).reshape(self.samples, -1)
+        return lambda x: apply(x.reshape(self.like.shape)).reshape(self.samples, self.size)
 
     def _units(self) -> list[Tensor]:
         eye = torch.eye(self.size, dtype=self.like.dtype, device=self.like.device)

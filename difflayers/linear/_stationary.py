@@ -30,7 +30,7 @@ class Neumann(LinearSolver):
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
         operator = factor.operator
         product = operator.products(transpose)
-        flat = rhs.reshape(operator.samples, -1)
+        flat = rhs.reshape(operator.samples, operator.size)
         x = -flat
         for _ in range(self.steps):
             x = x + product(x) - flat
