@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from difflayers import linear
-from difflayers._autodiff import Autocast, in_functorch, primal, pull, push
+from difflayers._autodiff import Autocast, batch_levels, in_functorch, is_tracked, primal, pull, push
 from difflayers._monitor import Role, watch
 from difflayers._problem import Problem, Residual, closure_names
 from difflayers._solution import OnFailure, Solution, check_status, has_answer
@@ -335,23 +335,21 @@ def _closes_over(problem: Problem, params: Sequence[Tensor], init: Tensor) -> li
     """Names of tensors that the residual closes over and that want gradients (maybe unknown: empty); None if none.
 
     Raises:
-        ProblemError: under a ``torch.func`` transform, where such a tensor belongs to a level that can't be reached.
+        ProblemError: in forward mode or under a ``torch.func`` transform, where such a tensor can't be reached.
     """
     if not torch.is_grad_enabled() or init.numel() == 0:
         return None
     output = problem.bind(*[p.detach() for p in params])(init)
-    function = getattr(problem, "function", None)
-    names = closure_names(function) if function is not None else []
-    if in_functorch():
-        level = torch._C._functorch.maybe_get_level
-        known = max([level(t) for t in (init, *params)], default=-1)
-        if output.requires_grad or level(output) > known:
-            raise ProblemError(
-                f"the residual closes over {', '.join(map(repr, names)) or 'a tensor'} that a torch.func transform "
-                "tracks; pass it as a parameter: residual(z, *params) and args=(...)"
-            )
+    names = closure_names(getattr(problem, "function", None))
+    known = batch_levels(init).union(*map(batch_levels, params))
+    if not is_tracked(output) and batch_levels(output) <= known:
         return None
-    return names if output.requires_grad else None
+    if in_functorch() or not output.requires_grad:
+        raise ProblemError(
+            f"the residual closes over {', '.join(map(repr, names)) or 'a tensor'}, which forward mode or a torch.func "
+            "transform tracks; pass it as a parameter: residual(z, *params) and args=(...)"
+        )
+    return names
 
 
 __all__ = ["Adjoint", "ImplicitAdjoint", "LinearSolve", "SolverError", "UnrolledAdjoint"]

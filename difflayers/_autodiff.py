@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
 Function = Callable[..., Tensor]
@@ -74,6 +75,34 @@ def primal(tensor: Tensor) -> Tensor:
     """The tensor without the tangent of the innermost forward-mode level."""
     bare: Tensor = forward_ad.unpack_dual(tensor, level=0).primal
     return bare
+
+
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether any gradient, reverse or forward, eager or of any ``torch.func`` level, follows this tensor."""
+    if not in_functorch():
+        return _has_gradient(tensor)
+    functorch = torch._C._functorch
+    top = functorch.peek_interpreter_stack()
+    if functorch.maybe_get_level(tensor) == top.level():
+        if not functorch.is_batchedtensor(tensor) and _has_gradient(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    with temporarily_pop_interpreter_stack():
+        return is_tracked(tensor)
+
+
+def _has_gradient(tensor: Tensor) -> bool:
+    return tensor.requires_grad or forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
+def batch_levels(tensor: Tensor) -> set[int]:
+    """The ``vmap`` levels over which a tensor is batched."""
+    levels = set()
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            levels.add(torch._C._functorch.maybe_get_level(tensor))
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return levels
 
 
 def _trace(fn: Function, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -191,7 +191,7 @@ def _check_independence(fn: Callable[[Any], Any], init: Any, batch_dims: int) ->
             )
 
 
-def closure_names(fn: Callable[..., Any]) -> list[str]:
+def closure_names(fn: Any) -> list[str]:
     """Names of the tensors that want gradients and that ``fn`` reads without having them as parameters."""
     try:
         variables = inspect.getclosurevars(inspect.unwrap(fn))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -10,13 +11,12 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
+import difflayers
+
 project = "difflayers"
 author = "the difflayers authors"
 project_copyright = "the difflayers authors"
-try:
-    release = metadata.version("difflayers")
-except metadata.PackageNotFoundError:  # built from a checkout that isn't installed
-    release = ""
+release = difflayers.__version__
 version = release
 
 extensions = [
@@ -35,11 +35,12 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(.*Error|.*Warning|Any|Callable|Iterator|Literal|Mapping|NDArray|Self|Sequence|Tensor|TypeVar)"),
 ]
 
+add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autosummary_generate = False
-maximum_signature_line_length = 88
+maximum_signature_line_length = 120
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -59,8 +60,9 @@ html_copy_source = False
 html_sidebars = {"index": [], "gradients": [], "extending": [], "design": [], "benchmarks": [], "changelog": []}
 html_theme_options: dict[str, Any] = {
     "logo": {"text": "difflayers"},
-    "header_links_before_dropdown": 8,
+    "header_links_before_dropdown": 7,
     "show_prev_next": False,
+    "show_toc_level": 2,
     "navbar_end": ["theme-switcher"],
     "footer_start": ["copyright"],
     "footer_end": [],
@@ -98,5 +100,48 @@ def find_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, con
     return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], known[0], node, content)
 
 
+def hide_factories(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """A dataclass shows ``<factory>`` for a default made on call, which isn't Python and garbles what follows."""
+    return None if signature is None else (signature.replace("<factory>", "..."), returns)
+
+
+def read_markdown(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
+    """Turn an included Markdown file into reStructuredText, as far as files of this repository use Markdown."""
+    if path.suffix != ".md":
+        return
+    lines: list[str] = []
+    fenced = False
+    for line in content[0].splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+            lines += ["", f".. code-block:: {line[3:] or 'text'}", ""] if fenced else [""]
+        elif fenced:
+            lines.append("   " + line)
+        elif heading := re.fullmatch(r"(#+) (.*)", line):
+            title = _inline(heading[2])
+            lines += [title, "=-~^"[len(heading[1]) - 1] * len(title)]
+        elif line.startswith("|"):
+            cells = [_inline(cell.strip()) for cell in line.strip("|").split("|")]
+            if not re.fullmatch(r"[|: -]+", line):
+                if not lines[-1].startswith("  "):
+                    lines += [".. list-table::", "   :header-rows: 1", ""]
+                lines += [f"   {'  ' if i else '* '}- {cell}".rstrip() for i, cell in enumerate(cells)]
+        elif line.startswith("    "):
+            lines += [line] if lines[-1].startswith("    ") else ["::", "", line]
+        else:
+            lines.append(_inline(line))
+    content[0] = "\n".join(lines)
+
+
+def _inline(text: str) -> str:
+    text = re.sub(r"`([^`]+)`", r"``\1``", text)
+    text = re.sub(r"\[([^]]+)\]\((https?://[^)]+)\)", r"`\1 <\2>`__", text)
+    return re.sub(r"\[`*([^]`]+)`*\]\([^)]+\)", r"``\1``", text)  # a file of the repository: no page to link to
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("include-read", read_markdown)
+    app.connect("autodoc-process-signature", hide_factories)
     app.connect("missing-reference", find_public_name)

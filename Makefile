@@ -1,0 +1,72 @@
+# Needs Python 3.10 or newer, and make. What a target needs is installed into $(VENV), once.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN = $(VENV)/bin
+STATE = $(VENV)/.difflayers
+# One stamp per extra. They are the checkout's own: the editable install of an environment that several checkouts share
+# points to one of them.
+STAMP = $(STATE)/checkout$(subst /,-,$(CURDIR))
+STAMPS = $(addprefix $(STAMP)/,demo test docs bench lint)
+LIMITS = $(STATE)/limits.txt
+LOG = $(STATE)/install.log
+SHOW_LOG = { grep -v '^WARNING: Location .* is ignored' $(LOG) | tail -n 20; echo "The whole log: $(LOG)"; } >&2
+BENCHMARKS = $(filter-out benchmarks/peers.py benchmarks/_%,$(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL = help
+.NOTPARALLEL:
+.PHONY: demo test docs bench lint clean help
+
+demo: $(STAMP)/demo  ## the demonstration; ARGS=--quick for a short one
+	@$(BIN)/difflayers demo $(ARGS)
+
+# Processes are the parallelism: each has one thread. Beyond eight, importing torch costs more than it gains.
+test: $(STAMP)/test  ## the tests; ARGS goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+docs: $(STAMP)/docs  ## the documentation, in docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html $(ARGS)
+
+bench: $(STAMP)/bench $(STAMP)/test  ## the benchmarks
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+# demo: mypy reads what the package imports.
+lint: $(STAMP)/lint $(STAMP)/demo  ## style, types, import order, spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+clean:  ## remove what the targets made, except for environments
+	rm -rf build dist difflayers.egg-info docs/_build docs/gallery docs/sg_execution_times.rst
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name .venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "VENV=path: an environment to use instead of .venv; what it has, such as a GPU build of torch, is kept as it is."
+	@echo "PYTHON=command: what makes .venv, python3 unless told."
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "$(PYTHON) isn't a Python 3.10 or newer. Choose one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@mkdir -p $(STATE)
+	@$(PYTHON) -m venv $(VENV) >$(LOG) 2>&1 || { rm -f $@; $(SHOW_LOG); \
+	    echo "$(PYTHON) can't make environments. On Debian and Ubuntu, 'apt install python3-venv' brings what it needs." >&2; \
+	    echo "Or use an environment that you have: make VENV=/path/to/it ..." >&2; exit 1; }
+	@touch $(STATE)/made-here
+
+# In an environment made here, constraints.txt rules. In any other, whatever is installed stays: pip adds to it or fails.
+$(STAMPS): $(STAMP)/%: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	@mkdir -p $(@D)
+	@for other in $(STATE)/checkout-*; do [ "$$other" = $(@D) ] || rm -rf "$$other"; done
+	@echo "Installing difflayers[$*] into $(VENV), a few minutes the first time ..."
+	@if [ -e $(STATE)/made-here ]; then cp constraints.txt $(LIMITS); \
+	else $(BIN)/python -m pip list --format=freeze --exclude difflayers >$(LIMITS) 2>$(LOG) \
+	    && { grep -q '^torch==' $(LIMITS) || cat constraints.txt >>$(LIMITS); }; fi \
+	&& $(BIN)/python -m pip install --disable-pip-version-check -c $(LIMITS) -e '.[$*]' >$(LOG) 2>&1 \
+	|| { $(SHOW_LOG); exit 1; }
+	@touch $@
