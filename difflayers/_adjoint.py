@@ -339,15 +339,17 @@ def _closes_over(problem: Problem, params: Sequence[Tensor], init: Tensor) -> li
     """
     if not torch.is_grad_enabled() or init.numel() == 0:
         return None
-    output = problem.bind(*[p.detach() for p in params])(init)
     names = closure_names(getattr(problem, "function", None))
+    output = problem.bind(*[p.detach() for p in params])(init)
     known = batch_levels(init).union(*map(batch_levels, params))
-    if not is_tracked(output) and batch_levels(output) <= known:
+    # Under a transform even a constant is out of reach if it was made inside, since the solve runs below all levels.
+    wrapped = in_functorch() and bool(names)
+    if not wrapped and not is_tracked(output) and batch_levels(output) <= known:
         return None
     if in_functorch() or not output.requires_grad:
         raise ProblemError(
-            f"the residual closes over {', '.join(map(repr, names)) or 'a tensor'}, which forward mode or a torch.func "
-            "transform tracks; pass it as a parameter: residual(z, *params) and args=(...)"
+            f"the residual closes over {', '.join(map(repr, names)) or 'a tensor'}, which belongs to forward mode or to a "
+            "torch.func transform; pass it as a parameter: residual(z, *params) and args=(...)"
         )
     return names
 

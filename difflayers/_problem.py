@@ -192,7 +192,8 @@ def _check_independence(fn: Callable[[Any], Any], init: Any, batch_dims: int) ->
 
 
 def closure_names(fn: Any) -> list[str]:
-    """Names of the tensors that want gradients and that ``fn`` reads without having them as parameters."""
+    """Names of the tensors that ``fn`` reads without having them as parameters, and that a gradient or a
+    ``torch.func`` transform follows."""
     try:
         variables = inspect.getclosurevars(inspect.unwrap(fn))
     except TypeError:

@@ -107,7 +107,8 @@ class _Run:
         return sample_norm(self.z.detach(), self.batch_dims) if self.relative else self.first
 
     def converged(self) -> Tensor:
-        return self.error <= self.atol + self.rtol * self.scale()
+        # An infinite residual is no better relative to an infinite scale.
+        return self.error.isfinite() & (self.error <= self.atol + self.rtol * self.scale())
 
     def advance(self, proposal: Tensor, failure: Tensor | None) -> None:
         if failure is not None:

@@ -330,12 +330,20 @@ def test_closure_over_eager_dual_is_refused():
             fixed_point(lambda z: 0.5 * z + a, torch.zeros(2))
 
 
-def test_constants_made_inside_a_transform_are_no_closures():
+def test_constants_are_no_closures():
+    half = torch.full((2,), 0.5)
+
     def loss(a):
-        half = torch.full((2,), 0.5)
         return fixed_point(lambda z, a: half * z + a, torch.zeros(2), (a,)).value.sum()
 
     a = torch.ones(2)
     for transform in (torch.func.grad, torch.func.jacfwd, torch.func.jacrev):
         contracts.assert_close(transform(loss)(a), torch.full((2,), 2.0))
+
+        def inside(a):  # made below the transform, and so out of the solve's reach
+            constant = torch.full((2,), 0.5)
+            return fixed_point(lambda z, a: constant * z + a, torch.zeros(2), (a,)).value.sum()
+
+        with pytest.raises(ProblemError, match="closes over 'constant'"):
+            transform(inside)(a)
     contracts.assert_close(torch.func.vmap(loss)(a.expand(3, 2)), torch.full((3,), 4.0))

@@ -1,0 +1,130 @@
+"""Every linear solver against torch.linalg, with masks, transposes, empty and singular systems."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from difflayers import Status, linear
+
+GENERAL = [
+    linear.LU(), linear.LeastSquares(), linear.GMRES(), linear.GMRES(restart=7), linear.BiCGSTAB(), linear.Picard(),
+    linear.Anderson(), linear.Auto(), linear.Auto(dense_size=0),
+]  # fmt: skip
+
+
+def systems(samples=4, n=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(samples, n, n, generator=generator, dtype=torch.float64) / n**0.5 * 0.5
+    return a - torch.eye(n, dtype=torch.float64), torch.randn(samples, n, generator=generator, dtype=torch.float64)
+
+
+def solve(solver, matrix, rhs, transpose=False, properties=("fixed_point",)):
+    operator = linear.MatrixOperator(matrix, frozenset(properties))
+    assert solver.supports(operator.properties) is None
+    return solver.solve(solver.factor(operator), rhs, transpose=transpose)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("solver", GENERAL, ids=repr)
+def test_solves(solver, transpose):
+    matrix, rhs = systems()
+    rhs[1] = 0
+    solution = solve(solver, matrix, rhs, transpose)
+    expected = torch.linalg.solve(matrix.mT if transpose else matrix, rhs)
+    torch.testing.assert_close(solution.value, expected, rtol=1e-8, atol=1e-9)
+    assert solution.status.tolist() == [Status.SUCCESS] * 4
+    assert solution.residual.max() < 1e-8
+    assert not solution.value[1].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(samples=st.integers(1, 4), n=st.integers(1, 9), seed=st.integers(0, 10_000))
+def test_iterative_solvers_agree_with_lu(samples, n, seed):
+    matrix, rhs = systems(samples, n, seed)
+    expected = solve(linear.LU(), matrix, rhs).value
+    for solver in (linear.GMRES(), linear.LeastSquares()):
+        torch.testing.assert_close(solve(solver, matrix, rhs).value, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_conjugate_gradients():
+    matrix, rhs = systems()
+    spd = matrix @ matrix.mT
+    solution = solve(linear.CG(), spd, rhs, properties=("symmetric", "positive_definite"))
+    torch.testing.assert_close(solution.value, torch.linalg.solve(spd, rhs), rtol=1e-7, atol=1e-8)
+
+
+def test_a_sample_that_cannot_be_solved_is_flagged_and_leaves_the_others_alone():
+    matrix, rhs = systems()
+    alone = [solve(solver, matrix[:1], rhs[:1]).value for solver in GENERAL]
+    matrix[1] = 0
+    matrix[2, 0, 0] = torch.nan
+    for solver, expected in zip(GENERAL, alone, strict=True):
+        solution = solve(solver, matrix, rhs)
+        status = solution.status.tolist()
+        assert status[0] == status[3] == Status.SUCCESS, solver
+        if not isinstance(solver, linear.LeastSquares):
+            assert status[1] not in (Status.SUCCESS, Status.NONFINITE), solver
+        assert status[2] == Status.NONFINITE, solver
+        torch.testing.assert_close(solution.value[:1], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_singular_is_named_by_lu_and_answered_by_least_squares():
+    matrix = torch.diag_embed(torch.tensor([[1.0, 2.0], [1.0, 0.0]]))
+    rhs = torch.ones(2, 2)
+    assert solve(linear.LU(), matrix, rhs).status.tolist() == [Status.SUCCESS, Status.SINGULAR]
+    torch.testing.assert_close(solve(linear.LeastSquares(), matrix, rhs).value[1], torch.tensor([1.0, 0.0]))
+
+
+def test_max_steps_is_reported_per_sample():
+    matrix, rhs = systems(2, 30)
+    matrix[0] = -torch.eye(30)
+    for solver in (linear.GMRES(max_steps=3), linear.Picard(max_steps=3), linear.BiCGSTAB(max_steps=3)):
+        assert solve(solver, matrix, rhs).status.tolist() == [Status.SUCCESS, Status.MAX_STEPS], solver
+
+
+def test_neumann_is_a_truncated_series_and_identity_its_first_term():
+    matrix, rhs = systems()
+    a = matrix + torch.eye(20)
+    expected = -(rhs + (a @ rhs[..., None])[..., 0])
+    torch.testing.assert_close(solve(linear.Neumann(1), matrix, rhs).value, expected)
+    torch.testing.assert_close(solve(linear.Identity(), matrix, rhs).value, -rhs)
+    assert linear.Neumann().supports(frozenset()) is not None
+
+
+def test_auto_chooses_by_size_and_structure():
+    small = linear.MatrixOperator(torch.eye(3).expand(2, 3, 3))
+    large = torch.eye(100).expand(2, 100, 100)
+    assert linear.Auto().choose(small) == linear.LU()
+    assert isinstance(linear.Auto().choose(linear.MatrixOperator(large)), linear.GMRES)
+    definite = linear.MatrixOperator(large, frozenset({"symmetric", "positive_definite"}))
+    assert isinstance(linear.Auto().choose(definite), linear.CG)
+    contractive = linear.MatrixOperator(large, frozenset({"fixed_point", "contractive"}))
+    assert linear.Auto().choose(contractive).restart < linear.Auto().choose(linear.MatrixOperator(large)).restart
+
+
+def test_auto_falls_back_to_lu_where_gmres_stalls():
+    n = 60
+    shift = torch.eye(n).roll(1, 0)  # GMRES makes no progress on a cyclic shift before its n-th product
+    rhs = torch.zeros(1, n)
+    rhs[0, 0] = 1
+    assert solve(linear.GMRES(restart=40), shift[None], rhs).status.tolist() == [Status.STALLED]
+    solution = solve(linear.Auto(), shift[None], rhs)
+    assert solution.status.tolist() == [Status.SUCCESS]
+    torch.testing.assert_close((shift @ solution.value[0]), rhs[0])
+
+
+def test_jacobian_operator_products_match_its_matrix():
+    point = torch.randn(3, 4)
+    weight = torch.randn(4, 4)
+    operator = linear.JacobianOperator(lambda z: torch.tanh(z @ weight), point, 1)
+    x = torch.randn(3, 4)
+    dense = operator.dense
+    torch.testing.assert_close(operator.apply(x), (dense @ x[..., None])[..., 0])
+    torch.testing.assert_close(operator.apply_transpose(x), (dense.mT @ x[..., None])[..., 0])
+    torch.testing.assert_close(operator.transpose.dense, dense.mT)
+
+
+@pytest.mark.parametrize("solver", GENERAL, ids=repr)
+def test_empty(solver):
+    assert solve(solver, torch.zeros(0, 5, 5), torch.zeros(0, 5)).value.shape == (0, 5)
