@@ -18,6 +18,11 @@ def default_tolerance(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** (2 / 3))
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision as float32, since LAPACK knows no halves; others as they are."""
+    return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
+
+
 def uses_numpy(init: Any, params: Any) -> bool:
     """Whether the answer goes back to NumPy: the unknown came as an array.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
 from difflayers import _adjoint
@@ -60,7 +61,7 @@ class ImplicitFunction:
             SolverError: a sample failed and ``on_failure`` is ``"raise"``.
         """
         if torch.compiler.is_compiling():
-            return _outside_dynamo()(self, params, init)
+            return _call_outside_dynamo(self, params, init)  # type: ignore[no-any-return]
         return self._call(params, init)
 
     def _call(self, params: Sequence[Any], init: Any) -> Solution:
@@ -229,7 +230,5 @@ def _functional(module: nn.Module, params: dict[str, Tensor], *args: Any) -> Any
     return torch.func.functional_call(module, params, args)
 
 
-@functools.cache
-def _outside_dynamo() -> Callable[..., Solution]:
-    # Made on first use: torch.compiler.disable imports the whole of dynamo.
-    return torch.compiler.disable(ImplicitFunction._call)  # type: ignore[no-any-return]
+# torch.compiler.disable would import the whole of dynamo here; this imports it when called.
+_call_outside_dynamo = _disable_dynamo(ImplicitFunction._call)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from difflayers._arrays import at_least_float32
+
 
 @dataclass(frozen=True)
 class History:
@@ -44,13 +46,14 @@ def mix(history: History, z: Tensor, residual: Tensor, damping: float) -> tuple[
 
 
 def _weights(gram: Tensor) -> Tensor:
+    dtype, gram = gram.dtype, at_least_float32(gram)
     finfo = torch.finfo(gram.dtype)
     # Relative to the smallest residual kept: an absolute regularization stops acting like Anderson once residuals
     # are small, and the sum of weights stays one even where all residuals are the same (z + 1).
     scale = gram.diagonal(dim1=-2, dim2=-1).amin(-1).clamp_min(finfo.tiny)[:, None, None]
     system = gram / scale + 10 * finfo.eps * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     weights = torch.linalg.solve_ex(system, torch.ones_like(system[..., :1]))[0].squeeze(-1)
-    return weights / weights.sum(-1, keepdim=True)
+    return (weights / weights.sum(-1, keepdim=True)).to(dtype)
 
 
 def _with_row(tensor: Tensor, slot: int, row: Tensor) -> Tensor:

@@ -255,7 +255,7 @@ class HostSolver(Solver):
         if status is Status.SUCCESS and norm > max(rtol**0.5 * first, rtol * (1 + size)):
             status = Status.STALLED
         # A routine asked for more than rounding allows calls the best possible answer a failure.
-        if status is Status.STALLED and norm <= floor * max(first, size):
+        if status in (Status.STALLED, Status.MAX_STEPS) and norm <= floor * max(first, size):
             status = Status.SUCCESS
         return x, int(status), result.steps, fn.evaluations, norm
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from difflayers._arrays import at_least_float32
 from difflayers._mixing import History, mix
 from difflayers._problem import Residual
 from difflayers._solution import Status
@@ -76,11 +77,11 @@ class Newton(IterativeSolver):
 
     def step(self, residual: Residual, z: Tensor, state: _Tried) -> tuple[Tensor, _Tried]:
         value = residual(z)
-        matrix = residual.jacobian(z).dense
+        matrix = at_least_float32(residual.jacobian(z).dense)
         rows = matrix.shape[0]
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         status = pivot_status(lu)
-        move = torch.linalg.lu_solve(lu, pivots, -value.reshape(rows, -1, 1)).reshape(z.shape)
+        move = torch.linalg.lu_solve(lu, pivots, -value.reshape(rows, -1, 1).to(lu.dtype)).to(z.dtype).reshape(z.shape)
         status = status.reshape(state.status.shape)
         move = torch.where(widen(status == Status.SUCCESS, move), move, 0)
         return self._search(residual, z, move, status == Status.SUCCESS), _Tried(status)

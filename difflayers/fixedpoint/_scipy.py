@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ class ScipyRoot(HostSolver):
             raise UnknownNameError("method", self.method, tuple(_STEP_LIMIT))
 
     def solve_sample(self, fn: HostResidual, x0: Array) -> HostResult:
+        from scipy.linalg import LinAlgWarning
         from scipy.optimize import root
 
         # SciPy's own defaults for the residual reach from 1e-8 to 6e-6; a derivative deserves better.
@@ -58,7 +60,9 @@ class ScipyRoot(HostSolver):
             options |= {"fatol": tol, "ftol": 0.0}
         jacobian = (lambda x: fn.jacobian(x.reshape(x0.shape))) if self.method in _USES_JACOBIAN else None
         try:
-            with np.errstate(all="ignore"):
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                # What they warn of shows in the status.
+                warnings.simplefilter("ignore", LinAlgWarning)
                 result = root(
                     lambda x: fn(x.reshape(x0.shape)).reshape(-1),
                     x0.reshape(-1),

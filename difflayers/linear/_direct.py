@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from difflayers._arrays import at_least_float32
 from difflayers._solution import Status
 from difflayers.linear._base import Factor, LinearSolution, LinearSolver, shaped
 from difflayers.linear._operator import LinearOperator
@@ -20,15 +21,15 @@ class LU(LinearSolver):
     """
 
     def factor(self, operator: LinearOperator) -> Factor:
-        return Factor(operator, torch.linalg.lu_factor_ex(operator.dense)[:2])
+        return Factor(operator, torch.linalg.lu_factor_ex(at_least_float32(operator.dense))[:2])
 
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
         lu, pivots = factor.data
         operator, matrix = factor.operator, factor.operator.dense
         flat = rhs.reshape(operator.samples, operator.size)
         status = pivot_status(lu)
-        x = torch.linalg.lu_solve(lu, pivots, flat.unsqueeze(-1), adjoint=transpose).squeeze(-1)
-        x = torch.where((status == Status.SUCCESS)[:, None], x, 0)
+        x = torch.linalg.lu_solve(lu, pivots, flat.unsqueeze(-1).to(lu.dtype), adjoint=transpose).squeeze(-1)
+        x = torch.where((status == Status.SUCCESS)[:, None], x, 0).to(rhs.dtype)
         residual = _residual(matrix.mT if transpose else matrix, x, flat)
         return shaped(operator, x, status, residual, torch.full_like(status, operator.size, dtype=torch.int64))
 
@@ -43,11 +44,11 @@ class LeastSquares(LinearSolver):
     rtol: float | None = None
 
     def factor(self, operator: LinearOperator) -> Factor:
-        matrix = operator.dense
+        matrix = at_least_float32(operator.dense)
         finite = matrix.isfinite().all(-1).all(-1)
         # The SVD refuses a whole batch for one NaN in it.
         inverse = torch.linalg.pinv(torch.where(finite[:, None, None], matrix, 0), rtol=self.rtol)
-        return Factor(operator, (inverse, finite))
+        return Factor(operator, (inverse.to(operator.like.dtype), finite))
 
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
         inverse, finite = factor.data

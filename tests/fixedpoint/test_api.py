@@ -107,7 +107,10 @@ def test_no_fixed_point(solver, status):
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), ScipyRoot()], ids=repr)
 def test_divergent_map_next_to_a_contraction(solver):
     slope = torch.tensor([[0.5], [3.0]], requires_grad=True)
-    fn = lambda z, s: s * z**2 + 1 - s / 2 * (s < 1)  # noqa: E731
+
+    def fn(z, s):  # two fixed points for s < 2, none above
+        return s * z**2 / 2 + 0.25
+
     solution = fixed_point(fn, torch.zeros(2, 1), (slope,), batch_dims=1, solver=solver, on_failure="ignore")
     assert solution.ok.tolist() == [True, False]
     alone = fixed_point(fn, torch.zeros(1, 1), (slope[:1],), batch_dims=1, solver=solver)
