@@ -23,7 +23,7 @@ from difflayers._monitor import Role, watch
 from difflayers._problem import Problem, Residual, closure_names
 from difflayers._solution import OnFailure, Solution, check_status, has_answer
 from difflayers._solver import HostSolver, Solver, mask_failed, widen
-from difflayers.errors import LinearSolveError, ProblemError, SolverError
+from difflayers.errors import LinearSolveError, ProblemError
 
 
 class Adjoint(ABC):
@@ -61,7 +61,7 @@ class ImplicitAdjoint(Adjoint):
         autocast = Autocast.current(init.device)
         hidden = _closes_over(problem, params, init)
         call = _Call(problem, solver, self.linear_solver, on_failure, autocast, closures=hidden)
-        value, status, *stats = _Implicit.apply(call, init, *params)
+        value, status, *stats = _solve(call, init, *params)
         if hidden is not None:
             value = value + self._through_closures(call, value, params)
         if in_functorch() or not bool(has_answer(status).all()):
@@ -72,9 +72,9 @@ class ImplicitAdjoint(Adjoint):
         """Zero, whose first derivatives flow to whatever the residual closes over."""
         fixed = [p.detach() for p in params]
         with torch.enable_grad(), call.autocast():
-            residual = _FirstOnly.apply(call, call.problem.bind(*fixed)(value.detach()))
-        move = _Implicit.apply(call.linear("tangent"), torch.zeros_like(value), residual, value.detach(), *fixed)[0]
-        return move - move.detach()  # type: ignore[no-any-return]
+            residual = _FirstOnly.apply(call, call.problem.bind(*fixed)(value.detach()))  # type: ignore[no-untyped-call]
+        move = _solve(call.linear("tangent"), torch.zeros_like(value), residual, value.detach(), *fixed)[0]
+        return move - move.detach()
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,18 @@ class _Implicit(torch.autograd.Function):
         params = tuple(p if d is None else p.movedim(d, 0) for p, d in zip(params, dims, strict=True))
         init = init.expand(info.batch_size, *init.shape) if init_dim is None else init.movedim(init_dim, 0)
         shared = [i for i in range(call.problem.points) if dims[i] is None]
-        params = tuple(p.unsqueeze(0).repeat(info.batch_size, *[1] * p.dim()) if i in shared else p for i, p in enumerate(params))
+        params = tuple(
+            p.unsqueeze(0).repeat(info.batch_size, *[1] * p.dim()) if i in shared else p for i, p in enumerate(params)
+        )
         in_batch = tuple(None if d is None and i not in shared else 0 for i, d in enumerate(dims))
         problem = call.problem.vmapped(in_batch, info.randomness)
-        output = _Implicit.apply(replace(call, problem=problem), init.contiguous(), *params)
+        output = _solve(replace(call, problem=problem), init.contiguous(), *params)
         return output, (0,) * len(output)
+
+
+def _solve(call: _Call, init: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+    output: tuple[Tensor, ...] = _Implicit.apply(call, init, *params)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _FirstOnly(torch.autograd.Function):
@@ -210,7 +217,7 @@ def cotangents(
     gradients: list[Tensor | None] = [None] * len(params)
     with call.autocast(), _without_failed(call, status, params) as params:
         cotangent = torch.where(widen(has_answer(status), cotangent), cotangent, 0)
-        u = _Implicit.apply(call.linear("adjoint"), torch.zeros_like(cotangent), cotangent, value, *params)[0]
+        u = _solve(call.linear("adjoint"), torch.zeros_like(cotangent), cotangent, value, *params)[0]
         pulled = pull(_partial(call.problem, value, params, wanted), [params[i] for i in wanted])(u) if wanted else ()
     for i, gradient in zip(wanted, pulled, strict=True):
         gradients[i] = None if gradient is None else _zero_failed_rows(gradient, status)
@@ -224,10 +231,12 @@ def pushed(
     moving = [i for i, t in enumerate(tangents) if t is not None and params[i].is_floating_point()]
     with call.autocast():
         b = push(
-            _partial(call.problem, value, params, moving), [params[i] for i in moving], [tangents[i] for i in moving]  # type: ignore[misc]
+            _partial(call.problem, value, params, moving),
+            [params[i] for i in moving],
+            [tangents[i] for i in moving],  # type: ignore[misc]
         )
         b = torch.where(widen(has_answer(status), b), b, 0)
-        return _Implicit.apply(call.linear("tangent"), torch.zeros_like(b), b, value, *params)[0]  # type: ignore[no-any-return]
+        return _solve(call.linear("tangent"), torch.zeros_like(b), b, value, *params)[0]
 
 
 def _partial(problem: Problem, z: Tensor, params: Sequence[Tensor], chosen: Sequence[int]) -> Callable[..., Tensor]:
@@ -281,7 +290,7 @@ class _Affine(Residual):
 
 @dataclass(frozen=True)
 class _Linearized(Problem):
-    """The condition ``Jx + b = 0`` on a tangent, or ``Jᵀx + b = 0`` on an adjoint, in parameters ``(b, z, *params)``."""
+    """``Jx + b = 0``, what holds of a tangent, or ``Jᵀx + b = 0``, of an adjoint; in parameters ``(b, z, *params)``."""
 
     base: Problem
     transpose: bool
@@ -348,10 +357,7 @@ def _closes_over(problem: Problem, params: Sequence[Tensor], init: Tensor) -> li
         return None
     if in_functorch() or not output.requires_grad:
         raise ProblemError(
-            f"the residual closes over {', '.join(map(repr, names)) or 'a tensor'}, which belongs to forward mode or to a "
-            "torch.func transform; pass it as a parameter: residual(z, *params) and args=(...)"
+            f"the residual closes over {', '.join(map(repr, names)) or 'a tensor'}, which belongs to forward mode or "
+            "to a torch.func transform; pass it as a parameter: residual(z, *params) and args=(...)"
         )
     return names
-
-
-__all__ = ["Adjoint", "ImplicitAdjoint", "LinearSolve", "SolverError", "UnrolledAdjoint"]

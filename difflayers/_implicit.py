@@ -16,9 +16,10 @@ from difflayers import _adjoint
 from difflayers._adjoint import Adjoint, ImplicitAdjoint
 from difflayers._arrays import Packing, check_devices, to_tensors, uses_numpy
 from difflayers._autodiff import Autocast, in_functorch
+from difflayers._monitor import watch
 from difflayers._problem import Problem, Residual, RootProblem
 from difflayers._solution import OnFailure, Solution, check_status
-from difflayers._solver import Solver
+from difflayers._solver import Solver, mask_failed
 from difflayers.errors import ProblemError
 from difflayers.linear import Property
 
@@ -61,7 +62,7 @@ class ImplicitFunction:
             SolverError: a sample failed and ``on_failure`` is ``"raise"``.
         """
         if torch.compiler.is_compiling():
-            return _call_outside_dynamo(self, params, init)  # type: ignore[no-any-return]
+            return _call_outside_dynamo(self, params, init)
         return self._call(params, init)
 
     def _call(self, params: Sequence[Any], init: Any) -> Solution:
@@ -81,9 +82,9 @@ class ImplicitFunction:
             gradients = _adjoint.cotangents(
                 self._rules(posed), posed.init, solution.status, tensors, posed.packing.pack(cotangent), floating
             )
-        return posed.arguments([
-            torch.zeros_like(tensors[i]) if g is None and i in floating else g for i, g in enumerate(gradients)
-        ])
+        return posed.arguments(
+            [torch.zeros_like(tensors[i]) if g is None and i in floating else g for i, g in enumerate(gradients)]
+        )
 
     def jvp(self, params: Sequence[Any], solution: Solution, tangents: Sequence[Any]) -> Any:
         """How the value moves when the parameters move along ``tangents``, None for those that stand still."""
@@ -118,10 +119,8 @@ class ImplicitFunction:
         return self.adjoint.apply(posed.problem, self.solver, posed.tensors, posed.init, self.on_failure)
 
     def _detached(self, posed: _Posed) -> Solution:
-        solution = _adjoint.watch(
-            "forward", self.solver, lambda: self.solver.solve(posed.problem, posed.tensors, posed.init)
-        )
-        solution = replace(solution, value=_adjoint.mask_failed(solution.value, solution.status))
+        solution = watch("forward", self.solver, lambda: self.solver.solve(posed.problem, posed.tensors, posed.init))
+        solution = replace(solution, value=mask_failed(solution.value, solution.status))
         return check_status(solution, self.on_failure)
 
     def _check_once(self, posed: _Posed) -> None:

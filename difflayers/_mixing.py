@@ -53,7 +53,8 @@ def _weights(gram: Tensor) -> Tensor:
     scale = gram.diagonal(dim1=-2, dim2=-1).amin(-1).clamp_min(finfo.tiny)[:, None, None]
     system = gram / scale + 10 * finfo.eps * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     weights = torch.linalg.solve_ex(system, torch.ones_like(system[..., :1]))[0].squeeze(-1)
-    return (weights / weights.sum(-1, keepdim=True)).to(dtype)
+    normalized: Tensor = weights / weights.sum(-1, keepdim=True)
+    return normalized.to(dtype)
 
 
 def _with_row(tensor: Tensor, slot: int, row: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class Problem(ABC):
 
     def check(self, params: Sequence[Any], init: Any) -> None:
         """Raise :class:`~difflayers.errors.ProblemError`, naming sizes, if the problem can't be posed."""
+        self.bind(*params)(init)
 
     def jacobian(self, residual: Residual, z: Tensor) -> LinearOperator:
         """``∂F/∂z`` at ``z``, by autodiff products unless the problem knows better."""
@@ -130,9 +131,7 @@ class _Vmapped(Problem):
 
     def bind(self, *params: Any) -> Residual:
         def evaluate(z: Tensor) -> Tensor:
-            one = torch.func.vmap(
-                lambda z, *p: self.base.bind(*p)(z), (0, *self.in_dims), randomness=self.randomness
-            )
+            one = torch.func.vmap(lambda z, *p: self.base.bind(*p)(z), (0, *self.in_dims), randomness=self.randomness)
             result: Tensor = one(z, *params)
             return result
 
@@ -192,15 +191,16 @@ def _check_independence(fn: Callable[[Any], Any], init: Any, batch_dims: int) ->
 
 
 def closure_names(fn: Any) -> list[str]:
-    """Names of the tensors that ``fn`` reads without having them as parameters, and that a gradient or a
-    ``torch.func`` transform follows."""
+    """Names of the tensors that ``fn`` closes over and that a gradient or a ``torch.func`` transform follows."""
     try:
         variables = inspect.getclosurevars(inspect.unwrap(fn))
     except TypeError:
         return []
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     found = {**variables.globals, **variables.nonlocals}
-    return sorted(name for name, value in found.items() if any(t.requires_grad or is_wrapped(t) for t in _tensors(value)))
+    return sorted(
+        name for name, value in found.items() if any(t.requires_grad or is_wrapped(t) for t in _tensors(value))
+    )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

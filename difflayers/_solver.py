@@ -233,7 +233,9 @@ class HostSolver(Solver):
         starts = _host(init).reshape(-1, *event)
         results = [self._solve_one(residual, init, i, x0) for i, x0 in enumerate(starts)]
         value = torch.as_tensor(np.stack([x for x, *_ in results]), dtype=init.dtype, device=init.device)
-        columns = [torch.tensor(column, device=init.device).reshape(batch) for column in list(zip(*results))[1:]]
+        columns = [
+            torch.tensor(column, device=init.device).reshape(batch) for column in list(zip(*results, strict=True))[1:]
+        ]
         status, steps, evaluations, norm = columns
         stats = {"steps": steps, "evaluations": evaluations, "residual": norm}
         return Solution(value.reshape(init.shape), status.to(torch.int8), stats)
@@ -284,7 +286,11 @@ class CallableSolver(HostSolver):
 
 def sample_norm(tensor: Tensor, batch_dims: int) -> Tensor:
     """The Euclidean norm of every sample, ``(*batch,)``."""
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(batch_dims, tensor.dim()))) if tensor.dim() > batch_dims else tensor.abs()
+    return (
+        torch.linalg.vector_norm(tensor, dim=tuple(range(batch_dims, tensor.dim())))
+        if tensor.dim() > batch_dims
+        else tensor.abs()
+    )
 
 
 def widen(mask: Tensor, like: Tensor) -> Tensor:

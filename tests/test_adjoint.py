@@ -134,11 +134,13 @@ def test_checkpoint_inside():
 def test_closures_get_first_derivatives_only():
     weight, x = contracts.wanting(problems.TANH.params())
     hidden = weight * 1.0  # not a leaf: the gradient has to travel on
-    z = fixed_point(lambda z, x: problems.tanh_cell(z, hidden, x), torch.zeros(3, 4), (x,), batch_dims=1, solver=SOLVERS[0])
+    z = fixed_point(
+        lambda z, x: problems.tanh_cell(z, hidden, x), torch.zeros(3, 4), (x,), batch_dims=1, solver=SOLVERS[0]
+    )
     loss = z.value.pow(3).sum()
     expected = torch.autograd.grad(problems.TANH.answer(weight, x).pow(3).sum(), (weight, x))
     contracts.assert_close(torch.autograd.grad(loss, (weight, x), retain_graph=True), expected)
-    with pytest.raises(ProblemError, match="closes over 'hidden'.*first derivatives only"):
+    with pytest.raises(ProblemError, match=r"closes over 'hidden'.*first derivatives only"):
         torch.autograd.grad(loss, (weight, x), create_graph=True)
     with pytest.raises(ProblemError, match="closes over 'hidden'"):
         torch.autograd.grad(loss, weight, create_graph=True)
@@ -279,7 +281,9 @@ def test_autocast_is_entered_again_in_backward():
     loose = Anderson(rtol=2e-2, atol=1e-2)
     adjoint = ImplicitAdjoint(linear.GMRES(rtol=1e-2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        z = fixed_point(fn, torch.zeros(3, 4, dtype=torch.float32), (weight, x), batch_dims=1, solver=loose, adjoint=adjoint)
+        z = fixed_point(
+            fn, torch.zeros(3, 4, dtype=torch.float32), (weight, x), batch_dims=1, solver=loose, adjoint=adjoint
+        )
     z.value.sum().backward()
     assert all(seen[1:])
     assert z.value.dtype == weight.grad.dtype == torch.float32

@@ -19,7 +19,9 @@ def test_every_status_says_what_to_try():
 
 
 def test_raise_names_the_failed_samples_and_carries_the_solution():
-    with pytest.raises(SolverError, match=r"MAX_STEPS in 1 of 3 samples \(1\)(.|\n)*SINGULAR in 1 of 3 samples \(2\)") as info:
+    with pytest.raises(
+        SolverError, match=r"MAX_STEPS in 1 of 3 samples \(1\)(.|\n)*SINGULAR in 1 of 3 samples \(2\)"
+    ) as info:
         HALF.raise_if_failed()
     assert info.value.solution is HALF
     assert pickle.loads(pickle.dumps(info.value)).solution.status.tolist() == [0, 1, 6]

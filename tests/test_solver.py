@@ -140,7 +140,9 @@ def test_an_answer_that_is_none_is_found_out():
     lazy = ImplicitFunction(RootProblem(lambda z, a: z - a), CallableSolver(lambda residual, z: z))
     with pytest.raises(SolverError, match="STALLED"):
         lazy(torch.ones(2), init=torch.zeros(2))
-    wild = ImplicitFunction(RootProblem(lambda z, a: z - a), CallableSolver(lambda residual, z: z * np.nan), on_failure="ignore")
+    wild = ImplicitFunction(
+        RootProblem(lambda z, a: z - a), CallableSolver(lambda residual, z: z * np.nan), on_failure="ignore"
+    )
     solution = wild(torch.ones(2), init=torch.ones(2) * 3)
     assert solution.status.item() == Status.NONFINITE
     assert solution.value.isnan().all()

@@ -55,7 +55,7 @@ class ScipyRoot(HostSolver):
 
         # SciPy's own defaults for the residual reach from 1e-8 to 6e-6; a derivative deserves better.
         tol = 1e-10 if self.rtol is None else self.rtol
-        options = {} if self.max_steps is None else {_STEP_LIMIT[self.method]: self.max_steps}
+        options: dict[str, float] = {} if self.max_steps is None else {_STEP_LIMIT[self.method]: self.max_steps}
         if self.method == "df-sane":
             options |= {"fatol": tol, "ftol": 0.0}
         jacobian = (lambda x: fn.jacobian(x.reshape(x0.shape))) if self.method in _USES_JACOBIAN else None

@@ -16,8 +16,10 @@ from difflayers.linear._operator import LinearOperator
 
 @dataclass(frozen=True)
 class Auto(LinearSolver):
-    """LU up to ``dense_size`` unknowns per sample; above, conjugate gradients for positive definite Jacobians and
-    GMRES otherwise, with LU for what GMRES leaves unsolved if the matrices have at most ``dense_entries`` entries.
+    """LU for small systems, Krylov solvers for large ones.
+
+    LU up to ``dense_size`` unknowns per sample; above, conjugate gradients for positive definite Jacobians and GMRES
+    otherwise, with LU for what they leave unsolved if the matrices have at most ``dense_entries`` entries.
 
     ``rtol`` is that of the iterative solvers; None is what the dtype allows with some room.
     """

@@ -71,4 +71,5 @@ def pivot_status(lu: Tensor) -> Tensor:
 
 
 def _residual(matrix: Tensor, x: Tensor, rhs: Tensor) -> Tensor:
-    return ((matrix @ x.unsqueeze(-1)).squeeze(-1) - rhs).norm(dim=1)
+    norm: Tensor = ((matrix @ x.unsqueeze(-1)).squeeze(-1) - rhs).norm(dim=1)
+    return norm

@@ -134,7 +134,7 @@ def _orthogonalize(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _active(r: Tensor, tolerance: Tensor) -> Tensor:
-    error = r.norm(dim=1)
+    error: Tensor = r.norm(dim=1)
     return error.isfinite() & ~(error <= tolerance)
 
 
@@ -143,7 +143,8 @@ def _counter(rhs: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1, keepdim=True)
+    product: Tensor = (a * b).sum(1, keepdim=True)
+    return product
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

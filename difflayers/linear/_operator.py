@@ -129,7 +129,7 @@ class _Transpose(LinearOperator):
         return self.base.apply(x)
 
     @property
-    def dense(self) -> Tensor:  # type: ignore[override]
+    def dense(self) -> Tensor:
         return self.base.dense.mT
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -77,10 +78,12 @@ class Anderson(IterativeLinearSolver):
         return _iterate(product, rhs, tolerance, self.max_steps, step)
 
 
-def _iterate(product, rhs, tolerance, max_steps, step):  # type: ignore[no-untyped-def]
+def _iterate(
+    product: Product, rhs: Tensor, tolerance: Tensor, max_steps: int, step: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     x, steps = -rhs, torch.zeros(rhs.shape[0], dtype=torch.int64, device=rhs.device)
     r = product(x) - rhs
-    error = r.norm(dim=1)
+    error: Tensor = r.norm(dim=1)
     for _ in range(max_steps):
         active = error.isfinite() & ~(error <= tolerance)
         if not active.any():

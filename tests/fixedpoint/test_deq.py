@@ -58,6 +58,7 @@ def test_functional_transforms_of_the_layer():
     contracts.assert_close(vmap(grad(loss), (None, 0))(params, x), vmap(grad(expected), (None, 0))(params, x))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
 def test_compiled_model_equals_eager():
     model = nn.Sequential(nn.Linear(4, 4), DEQ(Cell(), solver=TIGHT), nn.Linear(4, 2))
     compiled = torch.compile(model, backend="aot_eager")
