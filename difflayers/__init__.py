@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from difflayers._monitor import Record, monitor
     from difflayers._problem import Problem, Residual, RootProblem
     from difflayers._solution import Solution, Status
-    from difflayers._solver import CallableSolver, HostSolver, IterativeSolver, Solver
+    from difflayers._solver import CallableSolver, HostResidual, HostResult, HostSolver, IterativeSolver, Solver
 
 __version__ = "0.1.0.dev0"
 
@@ -28,7 +28,7 @@ _HOMES = {
     "_monitor": ("Record", "monitor"),
     "_problem": ("Problem", "Residual", "RootProblem"),
     "_solution": ("Solution", "Status"),
-    "_solver": ("CallableSolver", "HostSolver", "IterativeSolver", "Solver"),
+    "_solver": ("CallableSolver", "HostResidual", "HostResult", "HostSolver", "IterativeSolver", "Solver"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("errors", "fixedpoint", "linear")
@@ -36,6 +36,8 @@ _MODULES = ("errors", "fixedpoint", "linear")
 __all__ = [
     "Adjoint",
     "CallableSolver",
+    "HostResidual",
+    "HostResult",
     "HostSolver",
     "ImplicitAdjoint",
     "ImplicitFunction",

@@ -73,7 +73,7 @@ class Solution:
 
     @property
     def ok(self) -> Tensor:
-        """Which samples succeeded: bool, shape ``(*batch,)``."""
+        """Which samples succeeded; bool, shape ``(*batch,)``."""
         return self.status == Status.SUCCESS
 
     def raise_if_failed(self) -> Solution:

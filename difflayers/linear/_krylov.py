@@ -98,18 +98,20 @@ def _cycle(product: Product, r: Tensor, active: Tensor, tolerance: Tensor, limit
     carried = error  # the last entry of the rotated right-hand side; its magnitude is the residual norm
     reduced, used = r.new_zeros(samples, limit), _counter(r)
     basis[:, 0] = torch.where(active[:, None], r / error.clamp_min(tiny)[:, None], 0)
-    rotations: list[tuple[Tensor, Tensor]] = []
+    # All rotations so far as one matrix per sample: applying them one by one would be most of the time.
+    rotation = torch.eye(limit + 1, dtype=r.dtype, device=r.device).repeat(samples, 1, 1)
     for j in range(limit):
         w = torch.where(active[:, None], product(basis[:, j]), 0)
         w, h = _orthogonalize(basis[:, : j + 1], w)
         last = w.norm(dim=1)
-        for i, (c, s) in enumerate(rotations):
-            h[:, i], h[:, i + 1] = c * h[:, i] + s * h[:, i + 1], c * h[:, i + 1] - s * h[:, i]
+        h = torch.bmm(rotation[:, : j + 1, : j + 1], h[:, :, None])[:, :, 0]
         norm = torch.hypot(h[:, j], last)
         moves = active & (norm > 0)
         c = torch.where(moves, h[:, j] / norm.clamp_min(tiny), 0)
         s = torch.where(moves, last / norm.clamp_min(tiny), 1)
-        rotations.append((c, s))
+        upper_row, lower_row = rotation[:, j].clone(), rotation[:, j + 1].clone()
+        rotation[:, j] = c[:, None] * upper_row + s[:, None] * lower_row
+        rotation[:, j + 1] = c[:, None] * lower_row - s[:, None] * upper_row
         h[:, j] = norm
         upper[:, : j + 1, j] = torch.where(moves[:, None], h[:, : j + 1], upper[:, : j + 1, j])
         reduced[:, j] = torch.where(moves, c * carried, 0)
