@@ -12,7 +12,7 @@ STAMP = $(STATE)/checkout$(subst /,-,$(CURDIR))
 STAMPS = $(addprefix $(STAMP)/,demo test docs bench lint)
 LIMITS = $(STATE)/limits.txt
 LOG = $(STATE)/install.log
-SHOW_LOG = { grep -v '^WARNING: Location .* is ignored' $(LOG) | tail -n 20; echo "The whole log: $(LOG)"; } >&2
+SHOW_LOG = { tail -n 20 $(LOG); echo "The whole log: $(LOG)"; } >&2
 BENCHMARKS = $(filter-out benchmarks/peers.py benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL = help
@@ -22,9 +22,9 @@ BENCHMARKS = $(filter-out benchmarks/peers.py benchmarks/_%,$(wildcard benchmark
 demo: $(STAMP)/demo  ## the demonstration; ARGS=--quick for a short one
 	@$(BIN)/difflayers demo $(ARGS)
 
-# Processes are the parallelism: each has one thread. Beyond eight, importing torch costs more than it gains.
+# Processes are the parallelism: each has one thread. ARGS="-n 8" for more of them.
 test: $(STAMP)/test  ## the tests; ARGS goes to pytest
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 docs: $(STAMP)/docs  ## the documentation, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html $(ARGS)
@@ -32,10 +32,10 @@ docs: $(STAMP)/docs  ## the documentation, in docs/_build/html
 bench: $(STAMP)/bench $(STAMP)/test  ## the benchmarks
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
-# demo: mypy reads what the package imports.
-lint: $(STAMP)/lint $(STAMP)/demo  ## style, types, import order, spelling
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+# demo, test: mypy reads what is imported.
+lint: $(STAMP)/lint $(STAMP)/test $(STAMP)/demo  ## style, types, import order, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
@@ -59,14 +59,16 @@ $(BIN)/python:
 	    echo "Or use an environment that you have: make VENV=/path/to/it ..." >&2; exit 1; }
 	@touch $(STATE)/made-here
 
-# In an environment made here, constraints.txt rules. In any other, whatever is installed stays: pip adds to it or fails.
+# A torch that is there stays, and constraints.txt is for an environment without one. In an environment that wasn't made
+# here, all else that is there stays too: pip adds to it or fails.
 $(STAMPS): $(STAMP)/%: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 	@mkdir -p $(@D)
 	@for other in $(STATE)/checkout-*; do [ "$$other" = $(@D) ] || rm -rf "$$other"; done
 	@echo "Installing difflayers[$*] into $(VENV), a few minutes the first time ..."
-	@if [ -e $(STATE)/made-here ]; then cp constraints.txt $(LIMITS); \
-	else $(BIN)/python -m pip list --format=freeze --exclude difflayers >$(LIMITS) 2>$(LOG) \
-	    && { grep -q '^torch==' $(LIMITS) || cat constraints.txt >>$(LIMITS); }; fi \
+	@if [ -e $(STATE)/made-here ]; then keep='^torch=='; else keep='=='; fi; \
+	$(BIN)/python -m pip list --disable-pip-version-check --format=freeze --exclude difflayers >$(LIMITS).all 2>$(LOG) \
+	&& { grep "$$keep" $(LIMITS).all >$(LIMITS) || :; } \
+	&& { grep -q '^torch==' $(LIMITS) || cat constraints.txt >>$(LIMITS); } \
 	&& $(BIN)/python -m pip install --disable-pip-version-check -c $(LIMITS) -e '.[$*]' >$(LOG) 2>&1 \
 	|| { $(SHOW_LOG); exit 1; }
 	@touch $@

@@ -1,0 +1,1 @@
+"""``difflayers demo`` and ``difflayers doctor``."""

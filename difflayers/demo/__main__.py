@@ -1,0 +1,5 @@
+"""``python -m difflayers.demo``."""
+
+from difflayers.demo._cli import main
+
+main()
