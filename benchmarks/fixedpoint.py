@@ -237,7 +237,7 @@ def main() -> None:
     console.print(f"Python {platform.python_version()}, torch {torch.__version__}, 1 thread, tolerance {TOLERANCE:g}")
     methods = {**exact(), **torchdeq_exact(TOLERANCE), **approximate(), **torchdeq_approximate()}
     for cell in (Cell.linear(), Cell.tanh()):
-        results, one_f, one_vjp = measure(cell, methods, 3 if options.quick else 25)
+        results, one_f, one_vjp = measure(cell, methods, 3 if options.quick else 10)
         title = f"{cell.name}: f {one_f * 1e3:.3f} ms, its vjp {one_vjp * 1e3:.3f} ms"
         report(title, results, console, options.markdown)
 

@@ -55,10 +55,11 @@ def version(name: str) -> str | None:
 
 def self_check() -> float:
     """Relative gradient error of a small fixed point."""
-    from difflayers.fixedpoint import fixed_point
+    from difflayers.fixedpoint import Anderson, fixed_point
 
     def solve(a: torch.Tensor) -> torch.Tensor:
-        value: torch.Tensor = fixed_point(lambda z, a: torch.cos(a * z), torch.zeros_like(a), (a,)).value
+        start, tight = torch.zeros_like(a), Anderson(rtol=1e-14, atol=1e-14)
+        value: torch.Tensor = fixed_point(lambda z, a: torch.cos(a * z), start, (a,), solver=tight).value
         return value.sum()
 
     a = torch.tensor([0.3, 0.8], dtype=torch.float64, requires_grad=True)

@@ -25,10 +25,10 @@ class Budget:
     accuracy: float
     converged: float = 0.99
     gradient_error: float = 1e-5
-    batch: int = 128
+    batch: int = 64
 
 
-QUICK = Budget(epochs=2, accuracy=0.85)
+QUICK = Budget(epochs=3, accuracy=0.85)
 FULL = Budget(epochs=15, accuracy=0.97)
 
 
@@ -116,7 +116,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tenso
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def live(losses: list[float], log: list[Record]) -> dict[str, str]:
