@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -73,5 +72,3 @@ def self_check() -> float:
 
 def _escaped(text: str) -> str:
     return text.replace("[", r"\[")
-
-
