@@ -96,12 +96,12 @@ def train(name: str, data: Data, budget: Budget, seed: int, *, equilibrium: bool
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=budget.epochs * batches)
     losses: list[float] = []
     start = time.perf_counter()
-    with monitor() as log, tqdm(total=budget.epochs * batches, desc=name, unit="step") as bar:
+    with monitor() as log, tqdm(total=budget.epochs * batches, desc=name, unit="step", mininterval=0.5) as bar:
         for _ in range(budget.epochs):
             for rows in torch.randperm(len(data.x), device=data.x.device).split(budget.batch):
                 losses.append(step(model, optimizer, data.x[rows], data.y[rows]))
                 schedule.step()
-                bar.set_postfix(live(losses, log))
+                bar.set_postfix(live(losses, log), refresh=False)
                 bar.update()
     seconds = time.perf_counter() - start
     model.eval()
