@@ -41,7 +41,7 @@ lint: $(STAMP)/lint $(STAMP)/test $(STAMP)/demo  ## style, types, import order, 
 	$(BIN)/codespell
 
 clean:  ## remove what the targets made, except for environments
-	rm -rf build dist difflayers.egg-info difflayers-demo docs/_build docs/gallery docs/sg_execution_times.rst
+	rm -rf build dist difflayers.egg-info difflayers-demo docs/_build docs/auto_examples docs/sg_execution_times.rst
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name .venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
