@@ -35,16 +35,21 @@ def digits(seed: int, device: str) -> Data:
 
 
 class Cell(nn.Module):
-    """``tanh(conv(z) + x)``: with weights of moderate size a contraction, and so an equilibrium to find."""
+    """``tanh(W * z + b + x)`` with a 3×3 convolution ``W``.
 
-    def __init__(self, channels: int) -> None:
+    The absolute weights of an output channel sum to at most ``bound``, which in practice keeps the cell a contraction
+    while it trains. (One would prove it, and leave hardly anything to iterate.)
+    """
+
+    def __init__(self, channels: int, bound: float = 3.0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        with torch.no_grad():
-            self.conv.weight.mul_(0.7)
+        self.bound = bound
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(self.conv(z) + x)
+        weight = self.conv.weight
+        scale = (self.bound / weight.abs().sum((1, 2, 3), keepdim=True)).clamp(max=1)
+        return torch.tanh(nn.functional.conv2d(z, weight * scale, self.conv.bias, padding=1) + x)
 
 
 class Classifier(nn.Module):
