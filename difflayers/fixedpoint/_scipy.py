@@ -75,7 +75,9 @@ class ScipyRoot(HostSolver):
             if fn.raised is not None:
                 raise
             return HostResult(x0, Status.BACKEND_ERROR)
-        return HostResult(result.x.reshape(x0.shape), self._status(result), int(result.get("nit", result.nfev)))
+        return HostResult(
+            result.x.reshape(x0.shape), self._status(result), int(result["nit"] if "nit" in result else result["nfev"])
+        )
 
     def _status(self, result: Any) -> Status:
         if result.success:
