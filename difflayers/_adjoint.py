@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from difflayers import linear
-from difflayers._autodiff import Autocast, batch_levels, in_functorch, is_tracked, primal, pull, push
+from difflayers._autodiff import (
+    Autocast,
+    batch_levels,
+    in_functorch,
+    is_legacy_batched,
+    is_tracked,
+    over_legacy_batch,
+    primal,
+    pull,
+    push,
+)
 from difflayers._monitor import Role, watch
 from difflayers._problem import Problem, Residual, closure_names
 from difflayers._solution import OnFailure, Solution, check_status, has_answer
@@ -159,7 +169,11 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         value, status, *params = ctx.saved_tensors
         wanted = [i for i, p in enumerate(params) if p.is_floating_point() and ctx.needs_input_grad[i + 2]]
-        gradients = cotangents(ctx.call, value, status, params, cotangent, wanted)
+
+        def rule(cotangent: Tensor) -> list[Tensor | None]:
+            return cotangents(ctx.call, value, status, params, cotangent, wanted)
+
+        gradients = over_legacy_batch(rule, cotangent) if is_legacy_batched(cotangent) else rule(cotangent)
         return (None, None, *gradients)
 
     @staticmethod

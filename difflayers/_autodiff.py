@@ -43,13 +43,6 @@ def pull(fn: Function, inputs: Sequence[Tensor]) -> Pullback:
     return pullback_eager
 
 
-def pull_many(fn: Function, point: Tensor, cotangents: Tensor) -> Tensor:
-    """All pullbacks of the leading dimension of ``cotangents``, from one linearization at ``point``."""
-    pullback = pull(fn, (point,))
-    rows = [pullback(cotangent)[0] for cotangent in cotangents]
-    return torch.stack([torch.zeros_like(point) if row is None else row for row in rows])
-
-
 def push(fn: Function, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """The product ``Σ ∂fn/∂input · tangent`` at ``inputs``."""
     if in_functorch():
@@ -103,6 +96,28 @@ def batch_levels(tensor: Tensor) -> set[int]:
             levels.add(torch._C._functorch.maybe_get_level(tensor))
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return levels
+
+
+def is_legacy_batched(tensor: Tensor) -> bool:
+    """Whether this is the cotangent of ``is_grads_batched=True``, which goes through torch's vmap before functorch."""
+    legacy: bool = torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return legacy
+
+
+def over_legacy_batch(fn: Callable[[Tensor], list[Tensor | None]], cotangent: Tensor) -> list[Tensor | None]:
+    """``fn`` of every row of such a cotangent, by ``torch.func.vmap``: the legacy one can't read a tensor's values."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    rows = torch._remove_batch_dim(cotangent, level, 1, 0)  # the size matters only to tensors that aren't batched
+    absent: list[bool] = []
+
+    def present(row: Tensor) -> list[Tensor]:
+        results = fn(row)
+        absent[:] = [result is None for result in results]
+        return [result for result in results if result is not None]
+
+    found = iter(torch.func.vmap(present)(rows))
+    return [None if missing else torch._add_batch_dim(next(found), 0, level) for missing in absent]
 
 
 def _trace(fn: Function, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

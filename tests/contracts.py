@@ -37,9 +37,9 @@ def check_gradients(case, solver, adjoint, order=2, tolerance=1e-6):
     """First (and second) derivatives against finite differences, reverse and forward, and against the closed form."""
     params = wanting(case.params())
     call = layer(case, solver, adjoint)
-    assert torch.autograd.gradcheck(call, params, check_forward_ad=True)
+    assert torch.autograd.gradcheck(call, params, check_forward_ad=True, check_batched_grad=True)
     if order > 1:
-        assert torch.autograd.gradgradcheck(call, params)
+        assert torch.autograd.gradgradcheck(call, params, check_batched_grad=True)
     ours = torch.autograd.grad(call(*params).pow(3).sum(), params)
     closed = torch.autograd.grad(case.answer(*params).pow(3).sum(), params)
     assert_close(ours, closed, tolerance)

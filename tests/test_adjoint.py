@@ -351,3 +351,22 @@ def test_constants_are_no_closures():
         with pytest.raises(ProblemError, match="closes over 'constant'"):
             transform(inside)(a)
     contracts.assert_close(torch.func.vmap(loss)(a.expand(3, 2)), torch.full((3,), 4.0))
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS[:2], ids=repr)
+def test_vectorized_eager_jacobian_and_hessian(adjoint):
+    params = problems.TANH.params()
+    ours = contracts.layer(problems.TANH, SOLVERS[0], adjoint)
+    jacobian, hessian = torch.autograd.functional.jacobian, torch.autograd.functional.hessian
+    contracts.assert_close(jacobian(ours, params, vectorize=True), jacobian(problems.TANH.answer, params))
+    contracts.assert_close(
+        hessian(contracts.cubed(ours), params, vectorize=True), hessian(contracts.cubed(problems.TANH.answer), params)
+    )
+
+
+def test_vectorized_jacobian_with_ignored_parameter():
+    def call(a, unused):
+        return root(lambda z, a, unused: z - 2 * a, torch.zeros(2), (a, unused)).value
+
+    ours = torch.autograd.functional.jacobian(call, (torch.ones(2), torch.ones(2)), vectorize=True)
+    contracts.assert_close(ours, (2 * torch.eye(2), torch.zeros(2, 2)))
