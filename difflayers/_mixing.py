@@ -17,13 +17,16 @@ class History:
     iterates: Tensor
     residuals: Tensor
     gram: Tensor
+    ridge: Tensor
     count: int = 0
 
     @classmethod
     def empty(cls, like: Tensor, memory: int) -> History:
         batch, n = like.shape
         blank = like.new_zeros(batch, memory, n)
-        return cls(blank, blank.clone(), like.new_zeros(batch, memory, memory))
+        gram = at_least_float32(like.new_zeros(batch, memory, memory))
+        ridge = 10 * torch.finfo(gram.dtype).eps * torch.eye(memory, dtype=gram.dtype, device=gram.device)
+        return cls(blank, blank.clone(), gram, ridge)
 
 
 def mix(history: History, z: Tensor, residual: Tensor, damping: float) -> tuple[Tensor, History]:
@@ -37,24 +40,21 @@ def mix(history: History, z: Tensor, residual: Tensor, damping: float) -> tuple[
     used = min(history.count + 1, memory)
     iterates = _with_row(history.iterates, slot, torch.add(z, residual, alpha=damping))
     residuals = _with_row(history.residuals, slot, residual)
-    row = torch.bmm(residuals, residual.unsqueeze(-1)).squeeze(-1)
-    gram = _with_row(history.gram, slot, row)
-    gram = _with_row(gram.mT, slot, row).mT if torch.is_grad_enabled() else _with_column(gram, slot, row)
-    weights = _weights(gram[:, :used, :used])
-    mixed = torch.bmm(weights.unsqueeze(1), iterates[:, :used]).squeeze(1)
-    return mixed, History(iterates, residuals, gram, history.count + 1)
+    # (1, n) times (n, memory), not (memory, n) times (n, 1): several times faster in batched BLAS.
+    row = torch.bmm(residual.unsqueeze(1), residuals.mT).squeeze(1).to(history.gram.dtype)
+    gram = _with_row(_with_row(history.gram, slot, row).mT, slot, row).mT
+    history = History(iterates, residuals, gram, history.ridge, history.count + 1)
+    weights = _weights(gram[:, :used, :used], history.ridge[:used, :used]).to(z.dtype)
+    return torch.bmm(weights.mT, iterates[:, :used]).squeeze(1), history
 
 
-def _weights(gram: Tensor) -> Tensor:
-    dtype, gram = gram.dtype, at_least_float32(gram)
-    finfo = torch.finfo(gram.dtype)
+def _weights(gram: Tensor, ridge: Tensor) -> Tensor:
     # Relative to the smallest residual kept: an absolute regularization stops acting like Anderson once residuals
     # are small, and the sum of weights stays one even where all residuals are the same (z + 1).
-    scale = gram.diagonal(dim1=-2, dim2=-1).amin(-1).clamp_min(finfo.tiny)[:, None, None]
-    system = gram / scale + 10 * finfo.eps * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    weights = torch.linalg.solve_ex(system, torch.ones_like(system[..., :1]))[0].squeeze(-1)
-    normalized: Tensor = weights / weights.sum(-1, keepdim=True)
-    return normalized.to(dtype)
+    scale = gram.diagonal(dim1=-2, dim2=-1).amin(-1).clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None]
+    weights = torch.linalg.solve_ex(gram / scale + ridge, gram.new_ones(gram.shape[0], gram.shape[1], 1))[0]
+    normalized: Tensor = weights / weights.sum(1, keepdim=True)
+    return normalized
 
 
 def _with_row(tensor: Tensor, slot: int, row: Tensor) -> Tensor:
@@ -62,8 +62,3 @@ def _with_row(tensor: Tensor, slot: int, row: Tensor) -> Tensor:
         tensor[:, slot] = row
         return tensor
     return torch.cat([tensor[:, :slot], row.unsqueeze(1), tensor[:, slot + 1 :]], dim=1)
-
-
-def _with_column(tensor: Tensor, slot: int, column: Tensor) -> Tensor:
-    tensor[:, :, slot] = column
-    return tensor

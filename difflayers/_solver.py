@@ -71,7 +71,7 @@ class IterativeSolver(Solver):
         run = _Run(self, residual, init)
         state = self.init(residual, init)
         for _ in range(self.max_steps):
-            if not run.active.any():
+            if not run.going:
                 break
             residual.active = run.active
             proposal, state = self.step(residual, run.z, state)
@@ -80,7 +80,7 @@ class IterativeSolver(Solver):
 
 
 class _Run:
-    """The bookkeeping of one :meth:`IterativeSolver.solve`."""
+    """The bookkeeping of one :meth:`IterativeSolver.solve`, in as few small operations as it takes."""
 
     halvings = 10
 
@@ -92,59 +92,73 @@ class _Run:
         self.batch_dims = residual.problem.batch_dims
         self.relative = "fixed_point" in residual.problem.properties
         self.error = self.first = solver.error(residual, init)
-        self.best, self.best_error = init, torch.where(self.error.isfinite(), self.error, torch.inf)
-        self.steps = torch.zeros_like(self.error, dtype=torch.int64)
-        self.best_step = self.steps
-        self.status = torch.full_like(self.steps, int(Status.MAX_STEPS))
-        self._mark(~self.error.isfinite(), Status.NONFINITE)
-        self._mark(self.converged(), Status.SUCCESS)
+        finite = self.error < torch.inf
+        self.best, self.best_error = init, torch.where(finite, self.error, torch.inf)
+        self.status = torch.where(finite, int(Status.MAX_STEPS), int(Status.NONFINITE))
+        self.steps = self.best_step = torch.zeros_like(self.status)
+        self.count = 0
+        self.active, self.going, self.all_going = finite, bool(finite.any()), bool(finite.all())
+        self._end(finite & (self.error <= self.tolerance()), Status.SUCCESS)
 
-    @property
-    def active(self) -> Tensor:
-        return self.status == Status.MAX_STEPS
+    def _end(self, samples: Tensor, status: Tensor | Status) -> None:
+        if bool(samples.any()):
+            self.status = torch.where(samples, status, self.status)
+            self.active = self.status == Status.MAX_STEPS
+            self.going, self.all_going = bool(self.active.any()), False
 
     def scale(self) -> Tensor:
         return sample_norm(self.z.detach(), self.batch_dims) if self.relative else self.first
 
-    def converged(self) -> Tensor:
-        # An infinite residual is no better relative to an infinite scale.
-        return self.error.isfinite() & (self.error <= self.atol + self.rtol * self.scale())
+    def tolerance(self) -> Tensor:
+        return self.atol + self.rtol * self.scale()
 
     def advance(self, proposal: Tensor, failure: Tensor | None) -> None:
+        self.count += 1
         if failure is not None:
-            self.status = torch.where(self.active & (failure != Status.SUCCESS), failure.to(torch.int64), self.status)
-        active = self.active
-        moved = proposal if bool(active.all()) else torch.where(self._wide(active), proposal, self.z)
-        moved, error, finite = self._settle(moved, active)
-        self._mark(active & ~finite, Status.NONFINITE)
-        self.z = moved
-        self.error = torch.where(active & finite, error, self.error)
-        self.steps = self.steps + active
-        better = self.error < self.best_error
-        self.best = torch.where(self._wide(better), self.z, self.best)
-        self.best_error = torch.where(better, self.error, self.best_error)
-        self.best_step = torch.where(better, self.steps, self.best_step)
-        self._mark(self.active & self.converged(), Status.SUCCESS)
-        self._mark(self.active & (self.steps - self.best_step >= self.solver.patience), Status.STALLED)
-
-    def _settle(self, moved: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A trial point where F isn't finite goes halfway back, a few times; then back to where it came from."""
+            self._end(self.active & (failure != Status.SUCCESS), failure.to(self.status.dtype))
+        moved = proposal if self.all_going else torch.where(self._wide(self.active), proposal, self.z)
         error = self.solver.error(self.residual, moved)
-        finite = error.isfinite() | ~active
+        finite = error < torch.inf
+        if not bool((finite | ~self.active).all()):
+            moved, error, finite = self._settle(moved, error)
+            self._end(self.active & ~finite, Status.NONFINITE)
+        self._keep_best(moved, error)
+        self.steps = torch.where(self.active, self.count, self.steps)
+        self.z, self.error = moved, error if self.all_going else torch.where(self.active, error, self.error)
+        self._end(self.active & (self.error <= self.tolerance()), Status.SUCCESS)
+        if self.count >= self.solver.patience:
+            self._end(self.active & (self.count - self.best_step >= self.solver.patience), Status.STALLED)
+
+    def _keep_best(self, moved: Tensor, error: Tensor) -> None:
+        better = error < self.best_error
+        if not self.all_going:
+            better = better & self.active
+        if bool(better.all()):
+            self.best, self.best_error, self.best_step = moved, error, torch.full_like(self.steps, self.count)
+        else:
+            self.best = torch.where(self._wide(better), moved, self.best)
+            self.best_error = torch.where(better, error, self.best_error)
+            self.best_step = torch.where(better, self.count, self.best_step)
+
+    def _settle(self, moved: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A trial point where F isn't finite goes halfway back, a few times; then back to where it came from."""
+        finite = (error < torch.inf) | ~self.active
         for _ in range(self.halvings):
-            if bool(finite.all()):
-                return moved, error, finite
             # From finite to non-finite z the midpoint isn't finite either: then the start is the only safe place.
             middle = torch.nan_to_num(self.z + (moved - self.z) / 2, nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
             moved = torch.where(self._wide(finite), moved, torch.where(middle.isfinite(), middle, self.z))
             error = self.solver.error(self.residual, moved)
-            finite = error.isfinite() | ~active
-        return torch.where(self._wide(finite), moved, self.z), error, finite
+            finite = (error < torch.inf) | ~self.active
+            if bool(finite.all()):
+                return moved, error, finite
+        return torch.where(self._wide(finite), moved, self.z), torch.where(finite, error, self.error), finite
 
     def solution(self) -> Solution:
         unconverged = (self.status == Status.MAX_STEPS) | (self.status == Status.STALLED)
-        value = torch.where(self._wide(unconverged), self.best, self.z)
-        error = torch.where(unconverged, self.best_error, self.error)
+        value, error = self.z, self.error
+        if bool(unconverged.any()):
+            value = torch.where(self._wide(unconverged), self.best, self.z)
+            error = torch.where(unconverged, self.best_error, self.error)
         scale = self.scale()
         stats = {
             "steps": self.steps,
@@ -153,9 +167,6 @@ class _Run:
             "relative_residual": torch.where(scale > 0, error / scale.clamp_min(torch.finfo(scale.dtype).tiny), error),
         }
         return Solution(value, self.status.to(torch.int8), stats)
-
-    def _mark(self, samples: Tensor, status: Status) -> None:
-        self.status = torch.where(samples, int(status), self.status)
 
     def _wide(self, mask: Tensor) -> Tensor:
         return widen(mask, self.z)

@@ -1,0 +1,142 @@
+"""The cells of the fixed-point benchmark, as modules ``z, x -> z`` on flat states ``(batch, n)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cell with its data: ``z = cell(z, x)`` from ``z0``, to a relative residual of ``tolerance``."""
+
+    name: str
+    cell: nn.Module
+    x: Tensor
+    z0: Tensor
+    tolerance: float
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return list(self.cell.parameters())
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return Case(self.name, self.cell.to(dtype), self.x.to(dtype), self.z0.to(dtype), self.tolerance)
+
+
+class Dense(nn.Module):
+    """``activation(z Wᵀ + x Uᵀ + b)``."""
+
+    def __init__(self, W: Tensor, U: Tensor, b: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.W, self.U, self.b = nn.Parameter(W), nn.Parameter(U), nn.Parameter(b)
+        self.activation = activation
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.activation(z @ self.W.T + (x @ self.U.T + self.b))
+
+
+class Residual(nn.Module):
+    """The residual block of multiscale deep equilibrium models (Bai, Koltun, Kolter 2020, NeurIPS)."""
+
+    def __init__(self, channels: int, inner: int, std: float = 0.01) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, inner, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(inner, channels, 3, padding=1, bias=False)
+        self.norm1, self.norm2, self.norm3 = (
+            nn.GroupNorm(8, inner),
+            nn.GroupNorm(8, channels),
+            nn.GroupNorm(8, channels),
+        )
+        nn.init.normal_(self.conv1.weight, std=std)
+        nn.init.normal_(self.conv2.weight, std=std)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        inner = self.norm1(F.relu(self.conv1(z)))
+        value: Tensor = self.norm3(F.relu(z + self.norm2(x + self.conv2(inner))))
+        return value
+
+
+class Flat(nn.Module):
+    """A cell on images, for solvers that want ``(batch, n)``."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        value: Tensor = self.cell(z.reshape(x.shape), x).flatten(1)
+        return value
+
+
+class Multiscale(nn.Module):
+    """Residual blocks at halved resolutions, fused at every step."""
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        pairs = [(i, j) for i in range(levels) for j in range(levels) if i != j]
+        self.blocks = nn.ModuleList(Residual(channels, channels) for _ in range(levels))
+        self.paths = nn.ModuleDict({f"{i}{j}": _path(channels, j - i) for i, j in pairs})
+        self.norms = nn.ModuleList(nn.GroupNorm(4, channels) for _ in range(levels))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        inputs = [F.avg_pool2d(x, 2**i) * 2**i for i in range(len(self.blocks))]
+        states = z.split([i[0].numel() for i in inputs], dim=1)
+        y = [block(s.reshape(i.shape), i) for block, s, i in zip(self.blocks, states, inputs, strict=True)]
+        fused = [norm(self._fused(y, j)).flatten(1) for j, norm in enumerate(self.norms)]
+        return torch.cat(fused, dim=1)
+
+    def _fused(self, y: list[Tensor], j: int) -> Tensor:
+        total = y[j]
+        for i, source in enumerate(y):
+            if i < j:
+                total = total + 0.05 * self.paths[f"{i}{j}"](source)
+            if i > j:
+                total = total + 0.05 * F.interpolate(self.paths[f"{i}{j}"](source), scale_factor=2 ** (i - j))
+        return total
+
+
+def _path(channels: int, down: int) -> nn.Module:
+    if down < 0:
+        return nn.Conv2d(channels, channels, 1, bias=False)
+    return nn.Sequential(*[nn.Conv2d(channels, channels, 3, 2, 1, bias=False) for _ in range(down)])
+
+
+def linear(size: int = 64, batch: int = 128, radius: float = 0.9) -> Case:
+    W, U, b, x = _data(size, batch)
+    W = W * (radius / torch.linalg.eigvals(W).abs().max())
+    name = f"linear cell, n={size}, batch {batch}, spectral radius {radius}"
+    return Case(name, Dense(W, U, b, lambda y: y), x, torch.zeros_like(x), 1e-8)
+
+
+def tanh(size: int = 128, batch: int = 256, gain: float = 1.15) -> Case:
+    W, U, b, x = _data(size, batch)
+    name = f"tanh cell, n={size}, batch {batch}"
+    return Case(name, Dense(gain * W, U, b, torch.tanh), x, torch.zeros_like(x), 1e-8)
+
+
+def conv(batch: int = 64) -> Case:
+    torch.manual_seed(0)
+    cell = Flat(Residual(48, 64)).double()
+    x = torch.randn(batch, 48, 8, 8, dtype=torch.float64)
+    return Case(f"convolutional cell, 48×8×8, batch {batch}", cell, x, torch.zeros_like(x).flatten(1), 1e-8)
+
+
+def multiscale(batch: int = 32, channels: int = 24, levels: int = 3) -> Case:
+    torch.manual_seed(0)
+    cell = Multiscale(channels, levels).double()
+    x = torch.randn(batch, channels, 8, 8, dtype=torch.float64)
+    n = sum(channels * (8 >> i) ** 2 for i in range(levels))
+    name = f"three-resolution cell, {channels} channels, batch {batch}, float32"
+    return Case(name, cell, x, x.new_zeros(batch, n), 1e-4)
+
+
+def _data(size: int, batch: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(size, size), (size, size), (size,), (batch, size)]
+    W, U, b, x = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return W / size**0.5, U / size**0.5, b, x
