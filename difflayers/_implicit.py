@@ -222,7 +222,18 @@ class _Flat(Problem):
             problem = problem.with_function(functools.partial(_functional, problem.function, module_params))
         residual = problem.bind(*params)
         pack, unpack = self.packing.pack, self.packing.unpack
-        return Residual(lambda z: pack(residual.untracked(unpack(z))), self)
+
+        def evaluate(z: Tensor) -> Tensor:
+            version = None if z.is_inference() else z._version
+            value = pack(residual.untracked(unpack(z)))
+            if version is not None and z._version != version:
+                raise ProblemError(
+                    "the function writes to its unknown in place, and would change the iterate that it is evaluated "
+                    "at; use operations that return new tensors, or z = z.clone() first"
+                )
+            return value
+
+        return Residual(evaluate, self)
 
 
 def _holds(module: nn.Module, params: dict[str, Tensor]) -> bool:
