@@ -19,7 +19,7 @@ from torch import Tensor
 
 from difflayers import linear
 from difflayers._autodiff import (
-    Autocast,
+    Tape,
     batch_levels,
     in_functorch,
     is_legacy_batched,
@@ -28,6 +28,7 @@ from difflayers._autodiff import (
     primal,
     pull,
     push,
+    without_autocast,
 )
 from difflayers._monitor import Role, watch
 from difflayers._problem import Problem, Residual, closure_names
@@ -68,9 +69,9 @@ class ImplicitAdjoint(Adjoint):
         self, problem: Problem, solver: Solver, params: Sequence[Tensor], init: Tensor, on_failure: OnFailure = "raise"
     ) -> Solution:
         init = init.detach()
-        autocast = Autocast.current(init.device)
-        hidden = _closes_over(problem, params, init)
-        call = _Call(problem, solver, self.linear_solver, on_failure, autocast, closures=hidden)
+        hidden, first = _closes_over(problem, params, init)
+        learn = torch.is_grad_enabled() and not in_functorch()
+        call = _Call(problem, solver, self.linear_solver, on_failure, closures=hidden, first=first, learn=learn)
         value, status, *stats = _solve(call, init, *params)
         if hidden is not None:
             value = value + self._through_closures(call, value, params)
@@ -81,9 +82,9 @@ class ImplicitAdjoint(Adjoint):
     def _through_closures(self, call: _Call, value: Tensor, params: Sequence[Tensor]) -> Tensor:
         """Zero, whose first derivatives flow to whatever the residual closes over."""
         fixed = [p.detach() for p in params]
-        with torch.enable_grad(), call.autocast():
+        with torch.enable_grad():
             residual = _FirstOnly.apply(call, call.problem.bind(*fixed)(value.detach()))  # type: ignore[no-untyped-call]
-        move = _solve(call.linear("tangent"), torch.zeros_like(value), residual, value.detach(), *fixed)[0]
+        move = _solve(call.linear("tangent", value), torch.zeros_like(value), residual, value.detach(), *fixed)[0]
         return move - move.detach()
 
 
@@ -114,23 +115,41 @@ class _Call:
     solver: Solver
     linear_solver: linear.LinearSolver
     on_failure: OnFailure
-    autocast: Autocast
     role: Role = "forward"
     closures: list[str] | None = None
     stat_names: list[str] = field(default_factory=list)
+    first: Tensor | None = None  # F(init), where it was evaluated already
+    learn: bool = False  # keep what the solver learns
+    inverse: linear.LinearOperator | None = None  # what it learnt of the inverse of the Jacobian
 
     def run(self, params: Sequence[Tensor], init: Tensor) -> Solution:
-        with self.autocast():
-            solution = watch(self.role, self.solver, lambda: self.solver.solve(self.problem, params, init))
+        problem = self.problem if self.first is None else self.problem.started(init, self.first)
+        self.first = None
+        solution = watch(self.role, self.solver, lambda: self.solver.solve(problem, params, init))
         self.stat_names[:] = solution.stats
-        if self.role == "forward":
-            return check_status(solution, self.on_failure)
-        return check_status(solution, self.on_failure, f"{self.role} system of a derivative", LinearSolveError)
+        if self.role != "forward":
+            return check_status(solution, self.on_failure, f"{self.role} system of a derivative", LinearSolveError)
+        if self.learn and isinstance(solution.state, linear.LinearOperator):
+            self.inverse = solution.state
+        return check_status(solution, self.on_failure)
 
-    def linear(self, role: Role) -> _Call:
-        """The adjoint or tangent system of this solve, as a call in ``(g, z, *params)``."""
-        problem = _Linearized(self.problem, transpose=role == "adjoint")
-        return replace(self, problem=problem, solver=LinearSolve(self.linear_solver), role=role, stat_names=[])
+    def linear(self, role: Role, value: Tensor, residual: Residual | None = None) -> _Call:
+        """The adjoint or tangent system at ``value``, as a call in ``(g, z, *params)``.
+
+        ``residual``: the condition bound to these very parameters, where somebody has it already.
+        """
+        known = self.inverse if not in_functorch() and self.inverse is not None else None
+        problem = _Linearized(self.problem, role == "adjoint", residual, known)
+        linear_solver = self.linear_solver.held_to(self.solver.tolerance(value.dtype))
+        return replace(
+            self,
+            problem=problem,
+            solver=LinearSolve(linear_solver),
+            role=role,
+            stat_names=[],
+            learn=False,
+            inverse=None,
+        )
 
     def refuse_higher_order(self) -> None:
         """Raise where a derivative of this derivative would be silently wrong."""
@@ -228,14 +247,35 @@ def cotangents(
     """The gradient of every parameter in ``wanted``, None for the others: ``(∂F/∂θ)ᵀ u`` with ``Jᵀu = -cotangent``."""
     if torch.is_grad_enabled() and not in_functorch():
         call.refuse_higher_order()
-    gradients: list[Tensor | None] = [None] * len(params)
-    with call.autocast(), _without_failed(call, status, params) as params:
+    rule = _on_graph if torch.is_grad_enabled() or in_functorch() else _from_one_tape
+    with without_autocast(value.device), _without_failed(call, status, params) as params:
         cotangent = torch.where(widen(has_answer(status), cotangent), cotangent, 0)
-        u = _solve(call.linear("adjoint"), torch.zeros_like(cotangent), cotangent, value, *params)[0]
-        pulled = pull(_partial(call.problem, value, params, wanted), [params[i] for i in wanted])(u) if wanted else ()
+        pulled = rule(call, value, params, cotangent, wanted) if wanted else ()
+    gradients: list[Tensor | None] = [None] * len(params)
     for i, gradient in zip(wanted, pulled, strict=True):
         gradients[i] = None if gradient is None else _zero_failed_rows(gradient, status)
     return gradients
+
+
+def _on_graph(
+    call: _Call, value: Tensor, params: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[int]
+) -> tuple[Tensor | None, ...]:
+    """The rule in differentiable steps, for derivatives of it and for ``torch.func``."""
+    system = call.linear("adjoint", value)
+    u = _solve(system, torch.zeros_like(cotangent), cotangent, value, *params)[0]
+    return pull(_partial(call.problem, params, wanted, value), [params[i] for i in wanted])(u)
+
+
+def _from_one_tape(
+    call: _Call, value: Tensor, params: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[int]
+) -> tuple[Tensor | None, ...]:
+    """The same for a plain first derivative: one linearization serves the system and the parameters."""
+    tape = Tape(_partial(call.problem, params, wanted), [value, *[params[i] for i in wanted]])
+    residual = call.problem.bind(*params)
+    residual.pullback = lambda u: tape.pull(u, slice(0, 1))
+    system = call.linear("adjoint", value, residual)
+    u = system.run((cotangent, value, *params), torch.zeros_like(cotangent)).value
+    return tape.pull(u, slice(1, None))
 
 
 def pushed(
@@ -243,24 +283,27 @@ def pushed(
 ) -> Tensor:
     """The tangent ``w`` of the answer: ``Jw = -Σ ∂F/∂θ · dθ``."""
     moving = [i for i, t in enumerate(tangents) if t is not None and params[i].is_floating_point()]
-    with call.autocast():
+    with without_autocast(value.device):
         b = push(
-            _partial(call.problem, value, params, moving),
+            _partial(call.problem, params, moving, value),
             [params[i] for i in moving],
             [tangents[i] for i in moving],  # type: ignore[misc]
         )
         b = torch.where(widen(has_answer(status), b), b, 0)
-        return _solve(call.linear("tangent"), torch.zeros_like(b), b, value, *params)[0]
+        return _solve(call.linear("tangent", value), torch.zeros_like(b), b, value, *params)[0]
 
 
-def _partial(problem: Problem, z: Tensor, params: Sequence[Tensor], chosen: Sequence[int]) -> Callable[..., Tensor]:
-    """``F`` at ``z`` as a function of the chosen parameters."""
+def _partial(
+    problem: Problem, params: Sequence[Tensor], chosen: Sequence[int], z: Tensor | None = None
+) -> Callable[..., Tensor]:
+    """``F`` as a function of ``z``, unless it is given, and of the chosen parameters."""
 
     def partial(*values: Tensor) -> Tensor:
+        point, *rest = values if z is None else (z, *values)
         everything = list(params)
-        for i, v in zip(chosen, values, strict=True):
+        for i, v in zip(chosen, rest, strict=True):
             everything[i] = v
-        return problem.bind(*everything)(z)  # type: ignore[no-any-return]
+        return problem.bind(*everything)(point)  # type: ignore[no-any-return]
 
     return partial
 
@@ -308,6 +351,8 @@ class _Linearized(Problem):
 
     base: Problem
     transpose: bool
+    residual: Residual | None = field(default=None, compare=False)
+    inverse: linear.LinearOperator | None = field(default=None, compare=False)
 
     @property
     def batch_dims(self) -> int:  # type: ignore[override]
@@ -323,7 +368,8 @@ class _Linearized(Problem):
 
     def bind(self, *params: Any) -> Residual:
         offset, z, *rest = params
-        operator = self.base.jacobian(self.base.bind(*rest), z)
+        operator = self.base.jacobian(self.residual or self.base.bind(*rest), z)
+        operator.inverse = self.inverse
         return _Affine(operator.transpose if self.transpose else operator, offset, self)
 
     def jacobian(self, residual: Residual, z: Tensor) -> linear.LinearOperator:
@@ -354,24 +400,26 @@ class LinearSolve(Solver):
         return Solution(torch.where(solved, result.value, 0), result.status, stats)
 
 
-def _closes_over(problem: Problem, params: Sequence[Tensor], init: Tensor) -> list[str] | None:
-    """Names of tensors that the residual closes over and that want gradients (maybe unknown: empty); None if none.
+def _closes_over(problem: Problem, params: Sequence[Tensor], init: Tensor) -> tuple[list[str] | None, Tensor | None]:
+    """Names of tensors that the residual closes over and that want gradients (maybe unknown: empty), None if none.
+
+    And the residual at ``init``, which it took to find out.
 
     Raises:
         ProblemError: in forward mode or under a ``torch.func`` transform, where such a tensor can't be reached.
     """
     if not torch.is_grad_enabled() or init.numel() == 0:
-        return None
+        return None, None
     names = closure_names(getattr(problem, "function", None))
     output = problem.bind(*[p.detach() for p in params])(init)
     known = batch_levels(init).union(*map(batch_levels, params))
     # Under a transform even a constant is out of reach if it was made inside, since the solve runs below all levels.
     wrapped = in_functorch() and bool(names)
     if not wrapped and not is_tracked(output) and batch_levels(output) <= known:
-        return None
+        return None, None if in_functorch() else output
     if in_functorch() or not output.requires_grad:
         raise ProblemError(
             f"the residual closes over {', '.join(map(repr, names)) or 'a tensor'}, which belongs to forward mode or "
             "to a torch.func transform; pass it as a parameter: residual(z, *params) and args=(...)"
         )
-    return names
+    return names, output.detach()

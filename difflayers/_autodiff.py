@@ -30,17 +30,25 @@ def pull(fn: Function, inputs: Sequence[Tensor]) -> Pullback:
     if in_functorch():
         pullback: Pullback = torch.func.vjp(fn, *inputs)[1]
         return pullback
-    aliases, output = _trace(fn, inputs)
-    if not output.requires_grad:
-        return lambda cotangent: (None,) * len(aliases)
+    return Tape(fn, inputs).pull
 
-    def pullback_eager(cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        # Grad mode is read now, not when the pullback was made: whoever calls decides about higher orders.
+
+class Tape:
+    """``fn`` linearized at ``inputs`` on the eager tape, for pullbacks to all inputs or to some."""
+
+    def __init__(self, fn: Function, inputs: Sequence[Tensor]) -> None:
+        self._aliases, self._output = _trace(fn, inputs)
+
+    def pull(self, cotangent: Tensor, chosen: slice = slice(None)) -> tuple[Tensor | None, ...]:
+        """``(∂fn/∂input)ᵀ cotangent`` for the chosen inputs; what only the others need is not computed."""
+        aliases = self._aliases[chosen]
+        if not aliases or not self._output.requires_grad:
+            return (None,) * len(aliases)
+        # Grad mode is read now, not when the tape was made: whoever calls decides about higher orders.
+        track = torch.is_grad_enabled()
         return torch.autograd.grad(
-            output, aliases, cotangent, retain_graph=True, create_graph=torch.is_grad_enabled(), allow_unused=True
+            self._output, aliases, cotangent, retain_graph=True, create_graph=track, allow_unused=True
         )
-
-    return pullback_eager
 
 
 def push(fn: Function, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
@@ -131,17 +139,49 @@ def _trace(fn: Function, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor
 
 @dataclass(frozen=True)
 class Autocast:
-    """The autocast state of the forward pass, to be entered again in the backward pass."""
+    """The autocast state of the call, which evaluations of the user's code enter again, and nothing else does.
+
+    A solver's own products in half precision would be the end of its convergence. Casts aren't cached: made while
+    gradients are off, they would reach the caller's own use of the same weights and cut it from the graph.
+    """
 
     device: str
     dtype: torch.dtype | None
 
     @classmethod
     def current(cls, device: torch.device) -> Autocast:
-        enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-        return cls(device.type, torch.get_autocast_dtype(device.type) if enabled else None)
+        return cls(device.type, torch.get_autocast_dtype(device.type) if _autocasts(device.type) else None)
 
     def __call__(self) -> AbstractContextManager[object]:
         if self.dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device, dtype=self.dtype)
+        return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Where solvers run."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device.type) else contextlib.nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def value_and_gradient(fn: Function, x: Tensor, total: Function) -> tuple[Tensor, Tensor | None]:
+    """``fn(x)``, and the gradient in ``x`` of the number ``total(fn(x))``; None where ``fn`` ignores ``x``.
+
+    Both are on the graph of whatever ``x`` and ``fn`` depend on, and of nothing else.
+    """
+    if in_functorch():
+        # Inside one level: a pullback that outlives its level breaks under forward mode around it.
+        gradient, (_, value) = torch.func.grad_and_value(lambda x: (total(v := fn(x)), v), has_aux=True)(x)
+        return value, gradient
+    (alias,), value = _trace(fn, (x,))
+    if not value.requires_grad:
+        return value, None
+    # The gradient depends on the alias. Whether that is on anybody's graph, only a look without alias tells.
+    track = torch.is_grad_enabled() and (x.requires_grad or is_tracked(fn(x)))
+    with torch.enable_grad():
+        number = total(value)
+    (gradient,) = torch.autograd.grad(number, alias, create_graph=track, allow_unused=True)
+    return value if track else value.detach(), gradient

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from difflayers import _adjoint
 from difflayers._adjoint import Adjoint, ImplicitAdjoint
 from difflayers._arrays import Packing, check_devices, to_tensors, uses_numpy
-from difflayers._autodiff import Autocast, in_functorch
+from difflayers._autodiff import Autocast, in_functorch, without_autocast
 from difflayers._monitor import watch
-from difflayers._problem import Problem, Residual, RootProblem
+from difflayers._problem import Form, Problem, Residual, RootProblem
 from difflayers._solution import OnFailure, Solution, check_status
 from difflayers._solver import Solver, mask_failed
 from difflayers.errors import ProblemError
@@ -37,7 +37,7 @@ class ImplicitFunction:
             iterate, and one without an answer gives NaN and no gradient.
 
     Raises:
-        TypeError: the adjoint can't serve this problem or solver; the message says why.
+        TypeError: the solver can't serve this problem, or the adjoint can't serve one of them; the message says why.
     """
 
     problem: RootProblem
@@ -47,6 +47,8 @@ class ImplicitFunction:
     _checked: set[Any] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if reason := self.solver.supports(self.problem):
+            raise TypeError(f"{self.solver!r} can't serve here: {reason}")
         if reason := self.adjoint.supports(self.problem, self.solver):
             raise TypeError(f"{self.adjoint!r} can't serve here: {reason}")
 
@@ -98,9 +100,7 @@ class ImplicitFunction:
     def _rules(self, posed: _Posed) -> Any:
         if not isinstance(self.adjoint, ImplicitAdjoint):
             raise TypeError(f"vjp and jvp need ImplicitAdjoint, not {self.adjoint!r}")
-        return _adjoint._Call(
-            posed.problem, self.solver, self.adjoint.linear_solver, self.on_failure, Autocast.current(posed.init.device)
-        )
+        return _adjoint._Call(posed.problem, self.solver, self.adjoint.linear_solver, self.on_failure)
 
     def _with(self, params: Sequence[Any], init: Any, solve: Callable[[_Posed], Solution]) -> Solution:
         start = init.value if isinstance(init, Solution) else init
@@ -111,7 +111,8 @@ class ImplicitFunction:
             raise ProblemError("init is missing: pass the starting point of the solve, a tensor like the unknown")
         posed = _Posed.of(self.problem, to_tensors(tuple(params), like), start)
         self._check_once(posed)
-        solution = solve(posed)
+        with without_autocast(posed.init.device):
+            solution = solve(posed)
         solution = replace(solution, value=posed.packing.unpack(solution.value))
         return solution.numpy() if numpy else solution
 
@@ -155,7 +156,8 @@ class _Posed:
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         unknown = packing.pack(start)
         check_devices(list(tensors), unknown)
-        return cls(_Flat(problem, packing, structure, fixed), tensors, unknown)
+        autocast = Autocast.current(unknown.device)
+        return cls(_Flat(problem, packing, structure, fixed, autocast), tensors, unknown)
 
     @property
     def packing(self) -> Packing:
@@ -197,6 +199,8 @@ class _Flat(Problem):
     packing: Packing
     structure: pytree.TreeSpec
     fixed: tuple[_Fixed | None, ...]
+    autocast: Autocast
+    start: tuple[Tensor, Tensor] | None = None
 
     @property
     def batch_dims(self) -> int:  # type: ignore[override]
@@ -205,6 +209,14 @@ class _Flat(Problem):
     @property
     def properties(self) -> frozenset[Property]:  # type: ignore[override]
         return self.base.properties
+
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        return self.base.form
+
+    @property
+    def residual_type(self) -> type[Residual]:  # type: ignore[override]
+        return self.base.residual_type
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -220,12 +232,12 @@ class _Flat(Problem):
         problem = self.base
         if isinstance(problem.function, nn.Module) and not _holds(problem.function, module_params):
             problem = problem.with_function(functools.partial(_functional, problem.function, module_params))
-        residual = problem.bind(*params)
-        pack, unpack = self.packing.pack, self.packing.unpack
+        of_packed = problem.bind(*params).packed(self.packing)
 
         def evaluate(z: Tensor) -> Tensor:
             version = None if z.is_inference() else z._version
-            value = pack(residual.untracked(unpack(z)))
+            with self.autocast():
+                value = of_packed(z)
             if version is not None and z._version != version:
                 raise ProblemError(
                     "the function writes to its unknown in place, and would change the iterate that it is evaluated "
@@ -233,7 +245,11 @@ class _Flat(Problem):
                 )
             return value
 
-        return Residual(evaluate, self)
+        flat = self.residual_type(evaluate, self)
+        return flat if self.start is None else flat.remember(*self.start)
+
+    def started(self, z: Tensor, value: Tensor) -> Problem:
+        return replace(self, start=(z, value))
 
 
 def _holds(module: nn.Module, params: dict[str, Tensor]) -> bool:

@@ -6,15 +6,18 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from difflayers._autodiff import in_functorch, pull
+from difflayers._arrays import Packing
+from difflayers._autodiff import Pullback, in_functorch, pull
 from difflayers.errors import ProblemError
 from difflayers.linear import JacobianOperator, LinearOperator, Property
+
+Form = Literal["root", "fixed_point", "minimize", "least_squares"]
 
 
 class Residual:
@@ -24,12 +27,14 @@ class Residual:
         problem: the problem that it came from.
         evaluations: how often it was evaluated.
         active: the samples that a loop is still working on, or None for all.
+        pullback: the pullback at the answer, where somebody has linearized there already.
     """
 
     def __init__(self, fn: Callable[[Any], Any], problem: Problem) -> None:
         self._fn, self.problem = fn, problem
         self.evaluations = 0
         self.active: Tensor | None = None
+        self.pullback: Pullback | None = None
         self._point: Any = None
         self._value: Any = None
 
@@ -39,6 +44,11 @@ class Residual:
             self.evaluations += 1
         return self._value
 
+    def remember(self, z: Any, value: Any) -> Residual:
+        """Take ``F(z)`` from somebody who evaluated it already."""
+        self._point, self._value = z, value
+        return self
+
     def jacobian(self, z: Tensor) -> LinearOperator:
         """``∂F/∂z`` at ``z``."""
         return self.problem.jacobian(self, z)
@@ -47,6 +57,14 @@ class Residual:
         """``F(z)`` without remembering or counting: for derivatives."""
         return self._fn(z)
 
+    def raw(self, z: Any) -> Any:
+        """What the user's function gives at ``z``, which is ``F(z)`` unless ``F`` is derived from it."""
+        return self._fn(z)
+
+    def packed(self, packing: Packing) -> Callable[[Tensor], Tensor]:
+        """:meth:`raw` as a function of one packed unknown."""
+        return lambda z: packing.pack(self.raw(packing.unpack(z)))
+
 
 class Problem(ABC):
     """A condition ``F(z, params) = 0`` per sample.
@@ -54,10 +72,15 @@ class Problem(ABC):
     Attributes:
         batch_dims: how many leading dimensions of ``z`` index independent problems.
         properties: what is known of ``∂F/∂z``; see :data:`difflayers.linear.Property`.
+        form: the function that poses such a problem; solvers say which forms they serve.
+        advice: solvers for this form, for messages.
     """
 
     batch_dims: int
     properties: frozenset[Property]
+    form: ClassVar[Form] = "root"
+    advice: ClassVar[str] = "Newton() or CallableSolver(...)"
+    residual_type: ClassVar[type[Residual]] = Residual  # made from raw functions: those of a packed or vmapped unknown
     points: int = 0  # how many leading params are points (*batch, *event) like z, so that vmap must batch them with it
 
     @abstractmethod
@@ -70,7 +93,11 @@ class Problem(ABC):
 
     def jacobian(self, residual: Residual, z: Tensor) -> LinearOperator:
         """``∂F/∂z`` at ``z``, by autodiff products unless the problem knows better."""
-        return JacobianOperator(residual.untracked, z, self.batch_dims, self.properties)
+        return JacobianOperator(residual.untracked, z, self.batch_dims, self.properties, residual.pullback)
+
+    def started(self, z: Tensor, value: Tensor) -> Problem:
+        """The same condition, with ``F(z)`` known for the parameters that it will be bound to; may ignore it."""
+        return self
 
     def vmapped(self, in_dims: tuple[int | None, ...], randomness: str) -> Problem:
         """The same condition with one more leading batch dimension; ``in_dims`` says which params have it."""
@@ -112,7 +139,7 @@ class RootProblem(Problem):
             ProblemError: a sample's residual depends on another sample's unknown.
         """
         if self.batch_dims and not in_functorch():
-            _check_independence(self.bind(*params).untracked, init, self.batch_dims)
+            _check_independence(self.bind(*params).raw, init, self.batch_dims)
 
 
 @dataclass(frozen=True)
@@ -129,13 +156,23 @@ class _Vmapped(Problem):
     def properties(self) -> frozenset[Property]:  # type: ignore[override]
         return self.base.properties
 
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        return self.base.form
+
+    @property
+    def residual_type(self) -> type[Residual]:  # type: ignore[override]
+        return self.base.residual_type
+
     def bind(self, *params: Any) -> Residual:
         def evaluate(z: Tensor) -> Tensor:
-            one = torch.func.vmap(lambda z, *p: self.base.bind(*p)(z), (0, *self.in_dims), randomness=self.randomness)
+            one = torch.func.vmap(
+                lambda z, *p: self.base.bind(*p).raw(z), (0, *self.in_dims), randomness=self.randomness
+            )
             result: Tensor = one(z, *params)
             return result
 
-        return Residual(evaluate, self)
+        return self.residual_type(evaluate, self)
 
 
 def matched(value: Any, z: Any, name: str) -> Any:
@@ -169,15 +206,20 @@ def _check_independence(fn: Callable[[Any], Any], init: Any, batch_dims: int) ->
     if samples < 2 or leaves[0].numel() == 0:
         return
 
+    outputs = 0
+
     def flat(*parts: Tensor) -> Tensor:
+        nonlocal outputs
         value = pytree.tree_leaves(fn(pytree.tree_unflatten(parts, structure)))
-        return torch.cat([v.reshape(samples, -1) for v in value], dim=1)
+        rows = torch.cat([v.reshape(samples, -1) for v in value], dim=1)
+        outputs = rows.shape[1]
+        return rows
 
     with torch.no_grad():
-        rows = sum(leaf.numel() for leaf in leaves) // samples
-        cotangent = leaves[0].new_zeros(samples, rows)
-        cotangent[0] = torch.linspace(1, 2, rows, dtype=cotangent.dtype, device=cotangent.device)
-        pulled = pull(flat, [leaf.detach() for leaf in leaves])(cotangent)
+        pullback = pull(flat, [leaf.detach() for leaf in leaves])
+        cotangent = leaves[0].new_zeros(samples, outputs)
+        cotangent[0] = torch.linspace(1, 2, outputs, dtype=cotangent.dtype, device=cotangent.device)
+        pulled = pullback(cotangent)
     for leaf in pulled:
         if leaf is None:
             continue

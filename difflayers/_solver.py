@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from difflayers._arrays import default_tolerance
-from difflayers._problem import Problem, Residual
+from difflayers._problem import Form, Problem, Residual
 from difflayers._solution import Solution, Status, has_answer
+from difflayers.linear import LinearOperator
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -22,11 +23,27 @@ class Solver(ABC):
     """Finds ``z`` with ``F(z) = 0`` from ``init``; a frozen dataclass of tolerances and options.
 
     ``value`` may be anything finite where a sample has no answer: whoever calls masks it by status.
+
+    Attributes:
+        serves: the forms of problems that it can solve.
     """
+
+    serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point", "minimize", "least_squares"})
+
+    def supports(self, problem: Problem) -> str | None:
+        """Why this solver can't serve, or None."""
+        if problem.form in self.serves:
+            return None
+        name = type(self).__name__
+        return f"{name} serves {', '.join(sorted(self.serves))}, not {problem.form}; use {problem.advice}"
 
     @abstractmethod
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
         """The solution for ``init`` of shape ``(*batch, *event)``."""
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The relative accuracy of its answers, to which the linear systems behind derivatives are held too."""
+        return default_tolerance(dtype)
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,13 @@ class IterativeSolver(Solver):
     def step(self, residual: Residual, z: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The next iterate of every sample. ``residual(z)`` is remembered and costs nothing here."""
 
+    def tolerance(self, dtype: torch.dtype) -> float:
+        return default_tolerance(dtype) if self.rtol is None else max(self.rtol, default_tolerance(dtype))
+
+    def inverse(self, state: Any) -> LinearOperator | None:
+        """What the iteration learnt of the inverse of the Jacobian at the answer, or None."""
+        return None
+
     def error(self, residual: Residual, z: Tensor) -> Tensor:
         """What falls below the tolerance at the answer, ``(*batch,)``."""
         return sample_norm(residual(z).detach(), residual.problem.batch_dims)
@@ -76,7 +100,7 @@ class IterativeSolver(Solver):
             residual.active = run.active
             proposal, state = self.step(residual, run.z, state)
             run.advance(proposal, self.failure(state))
-        return run.solution()
+        return run.solution(self.inverse(state))
 
 
 class _Run:
@@ -153,7 +177,7 @@ class _Run:
                 return moved, error, finite
         return torch.where(self._wide(finite), moved, self.z), torch.where(finite, error, self.error), finite
 
-    def solution(self) -> Solution:
+    def solution(self, inverse: LinearOperator | None) -> Solution:
         unconverged = (self.status == Status.MAX_STEPS) | (self.status == Status.STALLED)
         value, error = self.z, self.error
         if bool(unconverged.any()):
@@ -166,7 +190,7 @@ class _Run:
             "residual": error,
             "relative_residual": torch.where(scale > 0, error / scale.clamp_min(torch.finfo(scale.dtype).tiny), error),
         }
-        return Solution(value, self.status.to(torch.int8), stats)
+        return Solution(value, self.status.to(torch.int8), stats, inverse)
 
     def _wide(self, mask: Tensor) -> Tensor:
         return widen(mask, self.z)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from difflayers._solution import Status
 from difflayers.linear._base import Factor, LinearSolution, LinearSolver
 from difflayers.linear._direct import LU
-from difflayers.linear._krylov import CG, GMRES
+from difflayers.linear._krylov import CG, GCR, GMRES
 from difflayers.linear._operator import LinearOperator
 
 
@@ -18,24 +18,32 @@ from difflayers.linear._operator import LinearOperator
 class Auto(LinearSolver):
     """LU for small systems, Krylov solvers for large ones.
 
-    LU up to ``dense_size`` unknowns per sample; above, conjugate gradients for positive definite Jacobians and GMRES
-    otherwise, with LU for what they leave unsolved if the matrices have at most ``dense_entries`` entries.
+    LU up to ``dense_size`` unknowns per sample; above, conjugate gradients for positive definite Jacobians, conjugate
+    residuals (GCR) for fixed points, and GMRES otherwise, with LU for what they leave unsolved if the matrices have at
+    most ``dense_entries`` entries. Where the forward solver learnt something of the inverse, GCR starts from that.
 
-    ``rtol`` is that of the iterative solvers; None is what the dtype allows with some room.
+    ``rtol`` is that of the iterative solvers; None is the tolerance of the solve whose derivative it serves.
     """
 
     rtol: float | None = None
     dense_size: int = 32
     dense_entries: int = 2**25
 
+    def held_to(self, rtol: float) -> LinearSolver:
+        return replace(self, rtol=rtol) if self.rtol is None else self
+
     def choose(self, operator: LinearOperator) -> LinearSolver:
         """The solver that serves this operator first."""
+        if operator.inverse is not None:
+            return GCR(rtol=self.rtol)
         if operator.size <= self.dense_size:
             return LU()
         if {"symmetric", "positive_definite"} <= operator.properties:
             return CG(rtol=self.rtol)
-        # With -J positive real, GMRES converges for any restart length, so a short one saves memory.
-        return GMRES(rtol=self.rtol, restart=10 if "contractive" in operator.properties else 40)
+        # With -J positive real, GCR converges for any memory, so a short one will do.
+        if "fixed_point" in operator.properties:
+            return GCR(rtol=self.rtol, memory=10 if "contractive" in operator.properties else 40)
+        return GMRES(rtol=self.rtol)
 
     def factor(self, operator: LinearOperator) -> Factor:
         solver = self.choose(operator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from difflayers._solution import Status
 from difflayers.linear._operator import LinearOperator, Property
 
 Product = Callable[[Tensor], Tensor]
+Iterate = Callable[[Product, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class LinearSolver(ABC):
         missing = sorted(self.requires - properties)
         return f"{type(self).__name__} needs a Jacobian that is {' and '.join(missing)}" if missing else None
 
+    def held_to(self, rtol: float) -> LinearSolver:
+        """This solver with the tolerance ``rtol``, if it has one and wasn't given any."""
+        return self
+
     def factor(self, operator: LinearOperator) -> Factor:
         """Whatever doesn't depend on the right-hand side."""
         return Factor(operator)
@@ -62,23 +67,31 @@ class LinearSolver(ABC):
 class IterativeLinearSolver(LinearSolver):
     """A solver that needs products only and stops, per sample, at ``‖J x - b‖ <= atol + rtol ‖b‖``.
 
-    ``rtol=None`` is what the dtype allows with some room (4e-11 in float64, 2e-5 in float32).
+    ``rtol=None`` is the tolerance of the solve whose derivative it serves; on its own, what the dtype allows with some
+    room (4e-11 in float64, 2e-5 in float32).
     """
 
     rtol: float | None = None
     atol: float = 0.0
     max_steps: int = 1000
 
+    def held_to(self, rtol: float) -> LinearSolver:
+        return replace(self, rtol=rtol) if self.rtol is None else self
+
     @abstractmethod
     def iterate(self, product: Product, rhs: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(x, residual norm, steps)`` for ``rhs`` of shape ``(samples, n)``."""
 
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
+        return self.solve_by(self.iterate, factor, rhs, transpose)
+
+    def solve_by(self, iterate: Iterate, factor: Factor, rhs: Tensor, transpose: bool) -> LinearSolution:
+        """The solution by an iteration like :meth:`iterate`."""
         operator = factor.operator
         flat = rhs.reshape(operator.samples, operator.size)
         rtol = default_tolerance(rhs.dtype) if self.rtol is None else self.rtol
         tolerance = self.atol + rtol * flat.norm(dim=1)
-        x, residual, steps = self.iterate(operator.products(transpose), flat, tolerance)
+        x, residual, steps = iterate(operator.products(transpose), flat, tolerance)
         status = torch.where(steps < self.max_steps, int(Status.STALLED), int(Status.MAX_STEPS))
         status = torch.where(residual <= tolerance, int(Status.SUCCESS), status)
         finite = residual.isfinite() & x.isfinite().all(1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from difflayers.linear._base import IterativeLinearSolver, Product
+from difflayers.linear._base import Factor, IterativeLinearSolver, LinearSolution, Product
 
 Result = tuple[Tensor, Tensor, Tensor]
 
@@ -56,6 +57,51 @@ class BiCGSTAB(IterativeLinearSolver):
             p = r + _ratio(rho_next, rho) * _ratio(alpha, omega) * (p - omega * v)
             rho, steps = rho_next, steps + active
         return x, r.norm(dim=1), steps
+
+
+@dataclass(frozen=True)
+class GCR(IterativeLinearSolver):
+    """Generalized conjugate residuals, truncated to the last ``memory`` directions (Eisenstat, Elman, Schultz 1983).
+
+    Residuals as small as those of GMRES while the memory lasts, for about half the work per product. It breaks down
+    where ``xᵀJx = 0``, which a contraction's ``A - I`` rules out. What is known of the inverse of the Jacobian it takes
+    as a preconditioner. Keeps ``2 · memory`` vectors per sample.
+    """
+
+    memory: int = 40
+
+    def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
+        inverse = factor.operator.inverse
+        guess = None if inverse is None else inverse.products(transpose)
+        return self.solve_by(partial(self.iterate, guess=guess), factor, rhs, transpose)
+
+    def iterate(self, product: Product, rhs: Tensor, tolerance: Tensor, guess: Product | None = None) -> Result:
+        samples, n = rhs.shape
+        memory = min(self.memory, n, self.max_steps)
+        directions, images = rhs.new_empty(2, samples, memory, n)
+        x, r, error, steps = torch.zeros_like(rhs), rhs, rhs.norm(dim=1), _counter(rhs)
+        active = (error < torch.inf) & ~(error <= tolerance)
+        checked = error
+        for count in range(self.max_steps):
+            if not active.any():
+                break
+            p = r if guess is None else guess(r)
+            q, slot, used = product(p), count % memory, min(count, memory)
+            if used:
+                c = torch.bmm(q.unsqueeze(1), images[:, :used].mT)
+                q = torch.baddbmm(q.unsqueeze(1), c, images[:, :used], alpha=-1).squeeze(1)
+                p = torch.baddbmm(p.unsqueeze(1), c, directions[:, :used], alpha=-1).squeeze(1)
+            size = q.norm(dim=1, keepdim=True)
+            scale = torch.where((size > 0) & active.unsqueeze(1), size.reciprocal(), 0)
+            p, q = p * scale, q * scale
+            directions[:, slot], images[:, slot] = p, q
+            alpha = _dot(q, r)
+            x, r = torch.addcmul(x, alpha, p), torch.addcmul(r, alpha, q, value=-1)
+            error, steps = r.norm(dim=1), steps + active
+            active = active & (error > tolerance) & (error < torch.inf)
+            if slot == memory - 1:  # stagnation
+                active, checked = active & (error < 0.999 * checked), error
+        return x, error, steps
 
 
 @dataclass(frozen=True)
@@ -127,12 +173,15 @@ def _cycle(product: Product, r: Tensor, active: Tensor, tolerance: Tensor, limit
 
 
 def _orthogonalize(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Classical Gram-Schmidt, twice: as stable as the modified one, in four batched products."""
-    h = torch.bmm(basis, w[:, :, None])
-    w = torch.baddbmm(w[:, None], h.mT, basis, alpha=-1)[:, 0]
-    again = torch.bmm(basis, w[:, :, None])
-    w = torch.baddbmm(w[:, None], again.mT, basis, alpha=-1)[:, 0]
-    return w, (h + again)[:, :, 0]
+    """Classical Gram-Schmidt, twice where cancellation calls for it: as stable as the modified one, in few products."""
+    # (1, n) times (n, j), not (j, n) times (n, 1): several times faster in batched BLAS.
+    before, w = w.norm(dim=1), w[:, None]
+    h = torch.bmm(w, basis.mT)
+    w = torch.baddbmm(w, h, basis, alpha=-1)
+    if bool((w[:, 0].norm(dim=1) < 0.7 * before).any()):
+        again = torch.bmm(w, basis.mT)
+        w, h = torch.baddbmm(w, again, basis, alpha=-1), h + again
+    return w[:, 0], h[:, 0]
 
 
 def _active(r: Tensor, tolerance: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from difflayers._autodiff import pull, push
+from difflayers._autodiff import Pullback, pull, push
 from difflayers.errors import ProblemError
 
 Property = Literal["fixed_point", "contractive", "symmetric", "positive_definite"]
@@ -25,11 +25,13 @@ class LinearOperator(ABC):
         like: a tensor of that shape, dtype and device.
         batch_dims: how many leading dimensions index independent samples.
         properties: what is known of the map.
+        inverse: roughly its inverse, such as what a quasi-Newton solver learnt on its way, or None.
     """
 
     like: Tensor
     batch_dims: int
     properties: frozenset[Property]
+    inverse: LinearOperator | None = None
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
@@ -79,12 +81,14 @@ class JacobianOperator(LinearOperator):
         point: Tensor,
         batch_dims: int = 0,
         properties: frozenset[Property] = frozenset(),
+        pullback: Pullback | None = None,
     ) -> None:
         self._fn, self.like, self.batch_dims, self.properties = fn, point, batch_dims, properties
+        self._known_pullback = pullback
 
     @cached_property
-    def _pullback(self) -> Callable[[Tensor], tuple[Tensor | None, ...]]:
-        return pull(self._fn, (self.like,))
+    def _pullback(self) -> Pullback:
+        return self._known_pullback or pull(self._fn, (self.like,))
 
     def apply(self, x: Tensor) -> Tensor:
         return push(self._fn, (self.like,), (x,))
@@ -121,6 +125,7 @@ class _Transpose(LinearOperator):
     def __init__(self, base: LinearOperator) -> None:
         self.base, self.like = base, base.like
         self.batch_dims, self.properties = base.batch_dims, base.properties
+        self.inverse = None if base.inverse is None else base.inverse.transpose
 
     def apply(self, x: Tensor) -> Tensor:
         return self.base.apply_transpose(x)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from difflayers import Status, linear
 
 GENERAL = [
-    linear.LU(), linear.LeastSquares(), linear.GMRES(), linear.GMRES(restart=7), linear.BiCGSTAB(), linear.Picard(),
+    linear.LU(), linear.LeastSquares(), linear.GMRES(), linear.GMRES(restart=7), linear.GCR(), linear.GCR(memory=9),
+    linear.BiCGSTAB(), linear.Picard(),
     linear.Anderson(), linear.Auto(), linear.Auto(dense_size=0),
 ]  # fmt: skip
 
@@ -100,7 +101,8 @@ def test_auto_chooses_by_size_and_structure():
     definite = linear.MatrixOperator(large, frozenset({"symmetric", "positive_definite"}))
     assert isinstance(linear.Auto().choose(definite), linear.CG)
     contractive = linear.MatrixOperator(large, frozenset({"fixed_point", "contractive"}))
-    assert linear.Auto().choose(contractive).restart < linear.Auto().choose(linear.MatrixOperator(large)).restart
+    fixed_point = linear.MatrixOperator(large, frozenset({"fixed_point"}))
+    assert linear.Auto().choose(contractive).memory < linear.Auto().choose(fixed_point).memory
 
 
 def test_auto_falls_back_to_lu_where_gmres_stalls():
