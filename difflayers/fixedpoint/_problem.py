@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.utils import _pytree as pytree
 
-from difflayers._problem import Residual, RootProblem, matched
+from difflayers._problem import Form, Residual, RootProblem, matched
 from difflayers.linear import Property
 
 
@@ -21,6 +21,8 @@ class FixedPointProblem(RootProblem):
 
     residual: Callable[..., Any]
     batch_dims: int = 0
+    form: ClassVar[Form] = "fixed_point"
+    advice: ClassVar[str] = "Anderson(), Picard() or Newton()"
     properties: frozenset[Property] = field(default=frozenset({"fixed_point"}))
 
     def bind(self, *params: Any) -> Residual:
