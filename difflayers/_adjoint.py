@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from difflayers import linear
+from difflayers._arrays import widen
 from difflayers._autodiff import (
     Tape,
     batch_levels,
@@ -33,7 +34,7 @@ from difflayers._autodiff import (
 from difflayers._monitor import Role, watch
 from difflayers._problem import Problem, Residual, closure_names
 from difflayers._solution import OnFailure, Solution, check_status, has_answer
-from difflayers._solver import HostSolver, Solver, mask_failed, widen
+from difflayers._solver import HostSolver, Solver, mask_failed
 from difflayers.errors import LinearSolveError, ProblemError
 
 

@@ -110,3 +110,17 @@ class Packing:
         parts = packed.split([shape.numel() for shape in self.shapes], dim=-1)
         leaves = [part.reshape(part.shape[:-1] + shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return pytree.tree_unflatten(leaves, self.structure)
+
+
+def sample_norm(tensor: Tensor, batch_dims: int) -> Tensor:
+    """The Euclidean norm of every sample, ``(*batch,)``."""
+    return (
+        torch.linalg.vector_norm(tensor, dim=tuple(range(batch_dims, tensor.dim())))
+        if tensor.dim() > batch_dims
+        else tensor.abs()
+    )
+
+
+def widen(mask: Tensor, like: Tensor) -> Tensor:
+    """A per-sample mask, broadcastable over ``like``."""
+    return mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))

@@ -248,6 +248,18 @@ class _Flat(Problem):
         flat = self.residual_type(evaluate, self)
         return flat if self.start is None else flat.remember(*self.start)
 
+    @property
+    def precision(self) -> torch.dtype | None:  # type: ignore[override]
+        return self.autocast.dtype
+
+    def part(self, params: Sequence[Any], rows: Tensor, samples: int) -> Residual | None:
+        # The parameters of a module are everybody's; an argument whose first dimension has the size of the batch goes
+        # with it, as far as shapes tell.
+        shared = len(self.unflatten(params)[0])
+        return self.bind(
+            *params[:shared], *[p[rows] if p.dim() and p.shape[0] == samples else p for p in params[shared:]]
+        )
+
     def started(self, z: Tensor, value: Tensor) -> Problem:
         return replace(self, start=(z, value))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,15 +10,14 @@ from torch import Tensor
 from difflayers._arrays import at_least_float32
 
 
-@dataclass(frozen=True)
-class History:
+class History(NamedTuple):
     """The last ``memory`` iterates and residuals of every sample, ``(batch, memory, n)``, and their Gram matrix."""
 
     iterates: Tensor
     residuals: Tensor
     gram: Tensor
     ridge: Tensor
-    count: int = 0
+    used: int = 0
 
     @classmethod
     def empty(cls, like: Tensor, memory: int) -> History:
@@ -26,7 +25,7 @@ class History:
         blank = like.new_zeros(batch, memory, n)
         gram = at_least_float32(like.new_zeros(batch, memory, memory))
         ridge = 10 * torch.finfo(gram.dtype).eps * torch.eye(memory, dtype=gram.dtype, device=gram.device)
-        return cls(blank, blank.clone(), gram, ridge)
+        return cls(blank, blank.clone(), gram, ridge.expand(batch, memory, memory))
 
 
 def mix(history: History, z: Tensor, residual: Tensor, damping: float) -> tuple[Tensor, History]:
@@ -36,15 +35,15 @@ def mix(history: History, z: Tensor, residual: Tensor, damping: float) -> tuple[
     J. Numer. Anal. 49(4), section 2).
     """
     memory = history.gram.shape[-1]
-    slot = history.count % memory
-    used = min(history.count + 1, memory)
+    slot = history.used % memory
+    used = min(history.used + 1, memory)
     iterates = _with_row(history.iterates, slot, torch.add(z, residual, alpha=damping))
     residuals = _with_row(history.residuals, slot, residual)
     # (1, n) times (n, memory), not (memory, n) times (n, 1): several times faster in batched BLAS.
     row = torch.bmm(residual.unsqueeze(1), residuals.mT).squeeze(1).to(history.gram.dtype)
     gram = _with_row(_with_row(history.gram, slot, row).mT, slot, row).mT
-    history = History(iterates, residuals, gram, history.ridge, history.count + 1)
-    weights = _weights(gram[:, :used, :used], history.ridge[:used, :used]).to(z.dtype)
+    history = History(iterates, residuals, gram, history.ridge, history.used + 1)
+    weights = _weights(gram[:, :used, :used], history.ridge[:, :used, :used]).to(z.dtype)
     return torch.bmm(weights.mT, iterates[:, :used]).squeeze(1), history
 
 

@@ -49,6 +49,10 @@ class Residual:
         self._point, self._value = z, value
         return self
 
+    def move(self, z: Any) -> None:
+        """Take ``z``, an equal of where it was evaluated last, for that point."""
+        self._point = z
+
     def jacobian(self, z: Tensor) -> LinearOperator:
         """``∂F/∂z`` at ``z``."""
         return self.problem.jacobian(self, z)
@@ -81,6 +85,7 @@ class Problem(ABC):
     form: ClassVar[Form] = "root"
     advice: ClassVar[str] = "Newton() or CallableSolver(...)"
     residual_type: ClassVar[type[Residual]] = Residual  # made from raw functions: those of a packed or vmapped unknown
+    precision: torch.dtype | None = None  # what the residual is evaluated in, if not in the dtype of the unknown
     points: int = 0  # how many leading params are points (*batch, *event) like z, so that vmap must batch them with it
 
     @abstractmethod
@@ -98,6 +103,10 @@ class Problem(ABC):
     def started(self, z: Tensor, value: Tensor) -> Problem:
         """The same condition, with ``F(z)`` known for the parameters that it will be bound to; may ignore it."""
         return self
+
+    def part(self, params: Sequence[Any], rows: Tensor, samples: int) -> Residual | None:
+        """The residual of some of the ``samples`` alone, or None if nobody knows how to divide the parameters."""
+        return None
 
     def vmapped(self, in_dims: tuple[int | None, ...], randomness: str) -> Problem:
         """The same condition with one more leading batch dimension; ``in_dims`` says which params have it."""

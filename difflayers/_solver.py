@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from difflayers._arrays import default_tolerance
+from difflayers._arrays import default_tolerance, sample_norm, widen
 from difflayers._problem import Form, Problem, Residual
+from difflayers._run import Run
 from difflayers._solution import Solution, Status, has_answer
 from difflayers.linear import LinearOperator
 
@@ -64,6 +67,8 @@ class IterativeSolver(Solver):
     atol: float | None = None
     max_steps: int = 200
     patience: int = field(default=50, kw_only=True)
+    # Whether every tensor of its state has the samples first, so that some of them can go on alone.
+    divisible: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, residual: Residual, z: Tensor) -> Any:
@@ -91,109 +96,16 @@ class IterativeSolver(Solver):
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
         if init.numel() == 0:
             return _empty(init, problem.batch_dims)
-        residual = problem.bind(*params)
-        run = _Run(self, residual, init)
-        state = self.init(residual, init)
-        for _ in range(self.max_steps):
-            if not run.going:
-                break
-            residual.active = run.active
-            proposal, state = self.step(residual, run.z, state)
+        run = Run(self, problem, params, init)
+        state = self.init(run.residual, init)
+        while run.going and run.count < self.max_steps:
+            rows = run.shrink()
+            if rows is not None:
+                state = pytree.tree_map_only(Tensor, functools.partial(torch.index_select, dim=0, index=rows), state)
+            run.residual.active = run.active
+            proposal, state = self.step(run.residual, run.z, state)
             run.advance(proposal, self.failure(state))
         return run.solution(self.inverse(state))
-
-
-class _Run:
-    """The bookkeeping of one :meth:`IterativeSolver.solve`, in as few small operations as it takes."""
-
-    halvings = 10
-
-    def __init__(self, solver: IterativeSolver, residual: Residual, init: Tensor) -> None:
-        floor = default_tolerance(init.dtype)
-        self.rtol = floor if solver.rtol is None else solver.rtol
-        self.atol = floor if solver.atol is None else solver.atol
-        self.solver, self.residual, self.z = solver, residual, init
-        self.batch_dims = residual.problem.batch_dims
-        self.relative = "fixed_point" in residual.problem.properties
-        self.error = self.first = solver.error(residual, init)
-        finite = self.error < torch.inf
-        self.best, self.best_error = init, torch.where(finite, self.error, torch.inf)
-        self.status = torch.where(finite, int(Status.MAX_STEPS), int(Status.NONFINITE))
-        self.steps = self.best_step = torch.zeros_like(self.status)
-        self.count = 0
-        self.active, self.going, self.all_going = finite, bool(finite.any()), bool(finite.all())
-        self._end(finite & (self.error <= self.tolerance()), Status.SUCCESS)
-
-    def _end(self, samples: Tensor, status: Tensor | Status) -> None:
-        if bool(samples.any()):
-            self.status = torch.where(samples, status, self.status)
-            self.active = self.status == Status.MAX_STEPS
-            self.going, self.all_going = bool(self.active.any()), False
-
-    def scale(self) -> Tensor:
-        return sample_norm(self.z.detach(), self.batch_dims) if self.relative else self.first
-
-    def tolerance(self) -> Tensor:
-        return self.atol + self.rtol * self.scale()
-
-    def advance(self, proposal: Tensor, failure: Tensor | None) -> None:
-        self.count += 1
-        if failure is not None:
-            self._end(self.active & (failure != Status.SUCCESS), failure.to(self.status.dtype))
-        moved = proposal if self.all_going else torch.where(self._wide(self.active), proposal, self.z)
-        error = self.solver.error(self.residual, moved)
-        finite = error < torch.inf
-        if not bool((finite | ~self.active).all()):
-            moved, error, finite = self._settle(moved, error)
-            self._end(self.active & ~finite, Status.NONFINITE)
-        self._keep_best(moved, error)
-        self.steps = torch.where(self.active, self.count, self.steps)
-        self.z, self.error = moved, error if self.all_going else torch.where(self.active, error, self.error)
-        self._end(self.active & (self.error <= self.tolerance()), Status.SUCCESS)
-        if self.count >= self.solver.patience:
-            self._end(self.active & (self.count - self.best_step >= self.solver.patience), Status.STALLED)
-
-    def _keep_best(self, moved: Tensor, error: Tensor) -> None:
-        better = error < self.best_error
-        if not self.all_going:
-            better = better & self.active
-        if bool(better.all()):
-            self.best, self.best_error, self.best_step = moved, error, torch.full_like(self.steps, self.count)
-        else:
-            self.best = torch.where(self._wide(better), moved, self.best)
-            self.best_error = torch.where(better, error, self.best_error)
-            self.best_step = torch.where(better, self.count, self.best_step)
-
-    def _settle(self, moved: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A trial point where F isn't finite goes halfway back, a few times; then back to where it came from."""
-        finite = (error < torch.inf) | ~self.active
-        for _ in range(self.halvings):
-            # From finite to non-finite z the midpoint isn't finite either: then the start is the only safe place.
-            middle = torch.nan_to_num(self.z + (moved - self.z) / 2, nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
-            moved = torch.where(self._wide(finite), moved, torch.where(middle.isfinite(), middle, self.z))
-            error = self.solver.error(self.residual, moved)
-            finite = (error < torch.inf) | ~self.active
-            if bool(finite.all()):
-                return moved, error, finite
-        return torch.where(self._wide(finite), moved, self.z), torch.where(finite, error, self.error), finite
-
-    def solution(self, inverse: LinearOperator | None) -> Solution:
-        unconverged = (self.status == Status.MAX_STEPS) | (self.status == Status.STALLED)
-        value, error = self.z, self.error
-        if bool(unconverged.any()):
-            value = torch.where(self._wide(unconverged), self.best, self.z)
-            error = torch.where(unconverged, self.best_error, self.error)
-        scale = self.scale()
-        stats = {
-            "steps": self.steps,
-            "evaluations": torch.full_like(self.steps, self.residual.evaluations),
-            "residual": error,
-            "relative_residual": torch.where(scale > 0, error / scale.clamp_min(torch.finfo(scale.dtype).tiny), error),
-        }
-        return Solution(value, self.status.to(torch.int8), stats, inverse)
-
-    def _wide(self, mask: Tensor) -> Tensor:
-        return widen(mask, self.z)
 
 
 @dataclass(frozen=True)
@@ -317,20 +229,6 @@ class CallableSolver(HostSolver):
 
     def solve_sample(self, fn: HostResidual, x0: Array) -> HostResult:
         return HostResult(self.fn(fn, x0), Status.SUCCESS)
-
-
-def sample_norm(tensor: Tensor, batch_dims: int) -> Tensor:
-    """The Euclidean norm of every sample, ``(*batch,)``."""
-    return (
-        torch.linalg.vector_norm(tensor, dim=tuple(range(batch_dims, tensor.dim())))
-        if tensor.dim() > batch_dims
-        else tensor.abs()
-    )
-
-
-def widen(mask: Tensor, like: Tensor) -> Tensor:
-    """A per-sample mask, broadcastable over ``like``."""
-    return mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))
 
 
 def mask_failed(value: Tensor, status: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from difflayers._arrays import at_least_float32
+from difflayers._arrays import at_least_float32, sample_norm, widen
 from difflayers._mixing import History, mix
 from difflayers._problem import Residual
 from difflayers._solution import Status
-from difflayers._solver import IterativeSolver, sample_norm, widen
+from difflayers._solver import IterativeSolver
 from difflayers.linear._direct import pivot_status
 
 
@@ -25,6 +25,7 @@ class Picard(IterativeSolver):
     """
 
     damping: float = 1.0
+    divisible = True
 
     def init(self, residual: Residual, z: Tensor) -> None:
         return None
@@ -42,6 +43,7 @@ class Anderson(IterativeSolver):
 
     memory: int = 6
     damping: float = 1.0
+    divisible = True
 
     def init(self, residual: Residual, z: Tensor) -> History:
         return History.empty(z.reshape(z.shape[: residual.problem.batch_dims].numel(), -1), self.memory)
