@@ -232,7 +232,8 @@ class _Flat(Problem):
         problem = self.base
         if isinstance(problem.function, nn.Module) and not _holds(problem.function, module_params):
             problem = problem.with_function(functools.partial(_functional, problem.function, module_params))
-        of_packed = problem.bind(*params).packed(self.packing)
+        residual = problem.bind(*params)
+        of_packed = residual.packed(self.packing)
 
         def evaluate(z: Tensor) -> Tensor:
             version = None if z.is_inference() else z._version
@@ -246,6 +247,7 @@ class _Flat(Problem):
             return value
 
         flat = self.residual_type(evaluate, self)
+        flat.within = residual.inside
         return flat if self.start is None else flat.remember(*self.start)
 
     @property
@@ -255,7 +257,8 @@ class _Flat(Problem):
     def part(self, params: Sequence[Any], rows: Tensor, samples: int) -> Residual | None:
         # The parameters of a module are everybody's; an argument whose first dimension has the size of the batch goes
         # with it, as far as shapes tell.
-        shared = len(self.unflatten(params)[0])
+        own, arguments = self.unflatten(params)
+        shared = len(own) + sum(isinstance(t, Tensor) for t in pytree.tree_leaves(arguments[: self.base.shared]))
         return self.bind(
             *params[:shared], *[p[rows] if p.dim() and p.shape[0] == samples else p for p in params[shared:]]
         )

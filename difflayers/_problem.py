@@ -28,6 +28,7 @@ class Residual:
         evaluations: how often it was evaluated.
         active: the samples that a loop is still working on, or None for all.
         pullback: the pullback at the answer, where somebody has linearized there already.
+        within: how :meth:`inside` reaches the residual that this one is made from, if it is made from another.
     """
 
     def __init__(self, fn: Callable[[Any], Any], problem: Problem) -> None:
@@ -35,8 +36,10 @@ class Residual:
         self.evaluations = 0
         self.active: Tensor | None = None
         self.pullback: Pullback | None = None
+        self.within: Callable[..., Any] | None = None
         self._point: Any = None
         self._value: Any = None
+        self._linearization: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, z: Any) -> Any:
         if z is not self._point:
@@ -61,9 +64,30 @@ class Residual:
         """``F(z)`` without remembering or counting: for derivatives."""
         return self._fn(z)
 
+    def equations(self, z: Tensor) -> Tensor:
+        """What is to vanish, or be small, as rows ``(samples, m)``: ``F(z)`` unless ``F`` is derived from it."""
+        return self(z).reshape(z.shape[: self.problem.batch_dims].numel(), -1)  # type: ignore[no-any-return]
+
+    def linearization(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The equations at ``z`` and their Jacobian, ``(samples, m, n)``; remembered."""
+        if self._linearization is None or self._linearization[0] is not z:
+            self._linearization = z, *self._linearize(z)
+        return self._linearization[1:]
+
+    def _linearize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.equations(z), self.jacobian(z).dense
+
     def raw(self, z: Any) -> Any:
         """What the user's function gives at ``z``, which is ``F(z)`` unless ``F`` is derived from it."""
         return self._fn(z)
+
+    def inside(self, fn: Callable[..., Any], *tensors: Tensor) -> Any:
+        """``fn(residual, *tensors)`` for the residual that the problem itself bound, with what that one knows.
+
+        For solvers that need more of a problem than its residual. Where a problem is vmapped, so is ``fn``: its tensors
+        and results then have one more leading dimension.
+        """
+        return fn(self, *tensors) if self.within is None else self.within(fn, *tensors)
 
     def packed(self, packing: Packing) -> Callable[[Tensor], Tensor]:
         """:meth:`raw` as a function of one packed unknown."""
@@ -128,6 +152,7 @@ class RootProblem(Problem):
     residual: Callable[..., Any]
     batch_dims: int = 0
     properties: frozenset[Property] = frozenset()
+    shared: ClassVar[int] = 0  # how many leading arguments belong to all samples alike
 
     def bind(self, *params: Any) -> Residual:
         return Residual(lambda z: matched(self.residual(z, *params), z, "residual"), self)
@@ -181,7 +206,14 @@ class _Vmapped(Problem):
             result: Tensor = one(z, *params)
             return result
 
-        return self.residual_type(evaluate, self)
+        def within(fn: Callable[..., Any], *tensors: Tensor) -> Any:
+            dims = ((0,) * len(tensors), self.in_dims)
+            one = torch.func.vmap(lambda t, p: self.base.bind(*p).inside(fn, *t), dims, randomness=self.randomness)
+            return one(tensors, params)
+
+        residual = self.residual_type(evaluate, self)
+        residual.within = within
+        return residual
 
 
 def matched(value: Any, z: Any, name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -33,6 +33,13 @@ class Equilibrium(Solution):
 
     trajectory: tuple[Any, ...] = ()
     view: View | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class CellProblem(FixedPointProblem):
+    """A fixed point of ``fn(z, tensors, *args)``, where the first argument is the module's own."""
+
+    shared: ClassVar[int] = 1
 
 
 class DEQ(nn.Module):
@@ -174,7 +181,7 @@ class DEQ(nn.Module):
 
     def _implicit(self, fn: Any, solver: Solver) -> ImplicitFunction:
         # Made anew, since the cell may have been replaced or moved; what was checked before stays checked.
-        function = ImplicitFunction(FixedPointProblem(fn, self.batch_dims), solver, self.adjoint, self.on_failure)
+        function = ImplicitFunction(CellProblem(fn, self.batch_dims), solver, self.adjoint, self.on_failure)
         modes = tuple(module.training for module in self.fn.modules())
         object.__setattr__(function, "_checked", self._checked.setdefault(modes, set()))
         return function
