@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -185,3 +186,56 @@ def value_and_gradient(fn: Function, x: Tensor, total: Function) -> tuple[Tensor
         number = total(value)
     (gradient,) = torch.autograd.grad(number, alias, create_graph=track, allow_unused=True)
     return value if track else value.detach(), gradient
+
+
+def value_and_jacobian(fn: Function, x: Tensor, batch_dims: int) -> tuple[Tensor, Tensor]:
+    """``fn(x)`` as rows ``(samples, m)``, and its Jacobian ``(samples, m, n)`` for ``x`` of ``n`` entries per sample.
+
+    By as many products as the shorter side of the Jacobian has entries.
+    """
+    samples, n = x.shape[:batch_dims].numel(), x.shape[batch_dims:].numel()
+    if in_functorch():
+        output, pullback = torch.func.vjp(fn, x)
+    else:
+        (alias,), output = _trace(fn, (x,))
+        pullback = functools.partial(_pulled, output, alias)
+        if not torch.is_grad_enabled():
+            output = output.detach()
+    value = output.reshape(samples, -1)
+    m = value.shape[1]
+    if m <= n or in_functorch():
+        rows = [pullback(unit.expand(samples, m).reshape(output.shape))[0] for unit in torch.eye(m).to(x)]
+        parts, dim = [row.reshape(samples, n) for row in rows], 1
+    else:
+        push_one = _pushforward(pullback, output)
+        parts = [push_one(unit.expand(samples, n).reshape(x.shape)).reshape(samples, m) for unit in torch.eye(n).to(x)]
+        dim = 2
+    return value, torch.stack(parts, dim) if parts else x.new_zeros(samples, m, n)
+
+
+def _pulled(output: Tensor, alias: Tensor, cotangent: Tensor) -> tuple[Tensor]:
+    if not output.requires_grad:
+        return (torch.zeros_like(alias),)
+    track = torch.is_grad_enabled()
+    (pulled,) = torch.autograd.grad(
+        output, alias, cotangent, retain_graph=True, create_graph=track, materialize_grads=True
+    )
+    return (pulled,)
+
+
+def _pushforward(pullback: Pullback, output: Tensor) -> Function:
+    """``v -> J v``, as the derivative of the pullback, which is linear in its cotangent."""
+    track = torch.is_grad_enabled()
+    with torch.enable_grad():
+        cotangent = torch.zeros_like(output).requires_grad_()
+        (pulled,) = pullback(cotangent)
+    if pulled is None or not pulled.requires_grad:
+        return lambda v: torch.zeros_like(output)
+
+    def push_one(v: Tensor) -> Tensor:
+        (pushed,) = torch.autograd.grad(
+            pulled, cotangent, v, retain_graph=True, create_graph=track, materialize_grads=True
+        )
+        return pushed
+
+    return push_one

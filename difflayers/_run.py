@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from difflayers._solver import IterativeSolver
     from difflayers.linear import LinearOperator
 
-_PER_SAMPLE = ("z", "error", "first", "best", "best_error", "best_step", "steps", "status", "active", "evaluations")
+_PER_SAMPLE = (
+    "z",
+    "error",
+    "first",
+    "best",
+    "best_error",
+    "best_merit",
+    "best_step",
+    "steps",
+    "status",
+    "active",
+    "evaluations",
+)
 
 
 class Run:
@@ -38,6 +50,8 @@ class Run:
         self.error = self.first = solver.error(self.residual, init)
         finite = self.error < torch.inf
         self.best, self.best_error = init, torch.where(finite, self.error, torch.inf)
+        merit = solver.merit(self.residual, init, self.error)
+        self.best_merit = self.best_error if merit is self.error else torch.where(finite, merit, torch.inf)
         self.status = torch.where(finite, int(Status.MAX_STEPS), int(Status.NONFINITE))
         self.steps = self.best_step = self.evaluations = torch.zeros_like(self.status)
         self.count = self.evaluated = 0
@@ -62,7 +76,9 @@ class Run:
         self.count += 1
         if failure is not None:
             self._end(self.active & (failure != Status.SUCCESS), failure.to(self.status.dtype))
-        moved = proposal if self.all_going else torch.where(self._wide(self.active), proposal, self.z)
+        moved = (
+            proposal if self.all_going or self.solver.masked else torch.where(self._wide(self.active), proposal, self.z)
+        )
         error = self.solver.error(self.residual, moved)
         finite = error < torch.inf
         if not bool((finite | ~self.active).all()):
@@ -119,15 +135,18 @@ class Run:
             self.going = int(self.active.sum())
 
     def _keep_best(self, moved: Tensor, error: Tensor) -> None:
-        better = error < self.best_error
+        merit = self.solver.merit(self.residual, moved, error)
+        better = merit < self.best_merit
         if not self.all_going:
             better = better & self.active
         if bool(better.all()):
-            self.best, self.best_error, self.best_step = moved, error, torch.full_like(self.steps, self.count)
+            self.best, self.best_error, self.best_merit = moved, error, merit
+            self.best_step = torch.full_like(self.steps, self.count)
         else:
             self.best = torch.where(self._wide(better), moved, self.best)
             self.best_error = torch.where(better, error, self.best_error)
             self.best_step = torch.where(better, self.count, self.best_step)
+            self.best_merit = self.best_error if merit is error else torch.where(better, merit, self.best_merit)
 
     def _settle(self, moved: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A trial point where F isn't finite goes halfway back, a few times; then back to where it came from."""

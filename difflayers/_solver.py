@@ -67,6 +67,8 @@ class IterativeSolver(Solver):
     atol: float | None = None
     max_steps: int = 200
     patience: int = field(default=50, kw_only=True)
+    # Whether a step leaves the samples that aren't active where they are, so that the loop needn't.
+    masked: ClassVar[bool] = False
     # Whether every tensor of its state has the samples first, so that some of them can go on alone.
     divisible: ClassVar[bool] = False
 
@@ -87,6 +89,10 @@ class IterativeSolver(Solver):
 
     def error(self, residual: Residual, z: Tensor) -> Tensor:
         """What falls below the tolerance at the answer, ``(*batch,)``."""
+    def merit(self, residual: Residual, z: Tensor, error: Tensor) -> Tensor:
+        """What decides which iterate is the best, ``(*batch,)``; the error, unless a step decreases something else."""
+        return error
+
         return sample_norm(residual(z).detach(), residual.problem.batch_dims)
 
     def failure(self, state: Any) -> Tensor | None:

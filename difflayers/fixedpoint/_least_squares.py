@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from difflayers._autodiff import value_and_jacobian
 from difflayers._problem import Form, Residual
 from difflayers.errors import ProblemError
 from difflayers.fixedpoint._minimize import Gradient, MinimizeProblem, checked
@@ -22,7 +22,16 @@ class SumOfSquares(Gradient):
         return raw.square().sum() / 2
 
     def objective(self, z: Tensor) -> Tensor:
-        return self.raw_at(z).square().sum(-1) / 2
+        return self._raw_at(z).square().sum(-1) / 2
+
+    def equations(self, z: Tensor) -> Tensor:
+        return self._raw_at(z).reshape(z.shape[: self.problem.batch_dims].numel(), -1)
+
+    def _linearize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        self.evaluations += 1
+        value, jacobian = value_and_jacobian(self._raw, z, self.problem.batch_dims)
+        self._raw_value = z, value.reshape(*z.shape[: self.problem.batch_dims], -1)
+        return value, jacobian
 
 
 @dataclass(frozen=True)

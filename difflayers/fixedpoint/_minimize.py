@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -36,14 +36,13 @@ class Gradient(Residual):
         return raw.sum()
 
     def objective(self, z: Tensor) -> Tensor:
-        """``L(z)``, ``(*batch,)``."""
-        return self.raw_at(z)
+        """``L(z)``, ``(*batch,)``; costs nothing where the gradient was evaluated."""
+        return self._raw_at(z)
 
-    def raw_at(self, z: Tensor) -> Tensor:
-        """:meth:`raw`, remembered and counted like the gradient that comes with it."""
-        self(z)
+    def _raw_at(self, z: Tensor) -> Tensor:
         if self._raw_value is None or self._raw_value[0] is not z:
             self._raw_value = z, self._raw(z)
+            self.evaluations += 1
         return self._raw_value[1]
 
     def _gradient(self, z: Tensor) -> Tensor:
