@@ -380,7 +380,7 @@ class _Linearized(Problem):
 
     def vmapped(self, in_dims: tuple[int | None, ...], randomness: str) -> Problem:
         # Inside, not around: the linearization then stays one per solve, not one per product.
-        return replace(self, base=self.base.vmapped(in_dims[2:], randomness))
+        return replace(self, base=self.base.vmapped(in_dims[2:], randomness), residual=None, inverse=None)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class History(NamedTuple):
         blank = like.new_zeros(batch, memory, n)
         gram = at_least_float32(like.new_zeros(batch, memory, memory))
         ridge = 10 * torch.finfo(gram.dtype).eps * torch.eye(memory, dtype=gram.dtype, device=gram.device)
-        return cls(blank, blank.clone(), gram, ridge.expand(batch, memory, memory))
+        return cls(blank, blank.clone(), gram, ridge.repeat(batch, 1, 1))
 
 
 def mix(history: History, z: Tensor, residual: Tensor, damping: float) -> tuple[Tensor, History]:
@@ -37,11 +37,11 @@ def mix(history: History, z: Tensor, residual: Tensor, damping: float) -> tuple[
     memory = history.gram.shape[-1]
     slot = history.used % memory
     used = min(history.used + 1, memory)
-    iterates = _with_row(history.iterates, slot, torch.add(z, residual, alpha=damping))
-    residuals = _with_row(history.residuals, slot, residual)
+    iterates = with_row(history.iterates, slot, torch.add(z, residual, alpha=damping))
+    residuals = with_row(history.residuals, slot, residual)
     # (1, n) times (n, memory), not (memory, n) times (n, 1): several times faster in batched BLAS.
     row = torch.bmm(residual.unsqueeze(1), residuals.mT).squeeze(1).to(history.gram.dtype)
-    gram = _with_row(_with_row(history.gram, slot, row).mT, slot, row).mT
+    gram = with_row(with_row(history.gram, slot, row).mT, slot, row).mT
     history = History(iterates, residuals, gram, history.ridge, history.used + 1)
     weights = _weights(gram[:, :used, :used], history.ridge[:, :used, :used]).to(z.dtype)
     return torch.bmm(weights.mT, iterates[:, :used]).squeeze(1), history
@@ -56,7 +56,7 @@ def _weights(gram: Tensor, ridge: Tensor) -> Tensor:
     return normalized
 
 
-def _with_row(tensor: Tensor, slot: int, row: Tensor) -> Tensor:
+def with_row(tensor: Tensor, slot: int, row: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         tensor[:, slot] = row
         return tensor

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from difflayers._arrays import default_tolerance, sample_norm, widen
 from difflayers._problem import Problem, Residual
@@ -14,7 +15,6 @@ from difflayers._solution import Solution, Status
 
 if TYPE_CHECKING:
     from difflayers._solver import IterativeSolver
-    from difflayers.linear import LinearOperator
 
 _PER_SAMPLE = (
     "z",
@@ -58,6 +58,7 @@ class Run:
         self.active, self.going = finite, int(finite.sum())
         self.rows: Tensor | None = None  # of the whole batch, where only a part is left
         self.whole: dict[str, Tensor] = {}
+        self.state: Any = None
         self.divisible = solver.divisible and problem.batch_dims == 1 and not torch.is_grad_enabled()
         self._end(finite & (self.error <= self.tolerance()), Status.SUCCESS)
 
@@ -91,27 +92,27 @@ class Run:
         if self.count >= self.solver.patience:
             self._end(self.active & (self.count - self.best_step >= self.solver.patience), Status.STALLED)
 
-    def shrink(self) -> Tensor | None:
-        """Leave behind who is done, if that is at least half; the rows of those who stay, or None."""
+    def shrink(self, state: Any) -> Any:
+        """Leave behind who is done, if that is at least half; the solver's state for those who stay."""
         if not self.divisible or 2 * self.going > self.status.numel():
-            return None
+            return state
         rows = self.active.nonzero().squeeze(1)
         everywhere = rows if self.rows is None else self.rows[rows]
         part = self._part(rows, everywhere)
         if part is None:
             self.divisible = False
-            return None
-        self._store()
+            return state
+        self._store(state)
         self.evaluated += self.residual.evaluations
         self.residual, self.rows = part, everywhere
         for name in _PER_SAMPLE:
             setattr(self, name, getattr(self, name)[rows])
         self.residual.move(self.z)
-        return rows
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor[rows], state)
 
-    def solution(self, inverse: LinearOperator | None) -> Solution:
-        """The answers of the whole batch."""
-        self._store()
+    def solution(self, state: Any) -> Solution:
+        """The answers of the whole batch, and what the solver learnt of the Jacobian."""
+        self._store(state)
         for name, tensor in self.whole.items():
             setattr(self, name, tensor)
         unconverged = (self.status == Status.MAX_STEPS) | (self.status == Status.STALLED)
@@ -126,7 +127,7 @@ class Run:
             "residual": error,
             "relative_residual": torch.where(scale > 0, error / scale.clamp_min(torch.finfo(scale.dtype).tiny), error),
         }
-        return Solution(value, self.status.to(torch.int8), stats, None if self.rows is not None else inverse)
+        return Solution(value, self.status.to(torch.int8), stats, self.solver.inverse(self.residual, value, self.state))
 
     def _end(self, samples: Tensor, status: Tensor | Status) -> None:
         if bool(samples.any()):
@@ -137,6 +138,9 @@ class Run:
     def _keep_best(self, moved: Tensor, error: Tensor) -> None:
         merit = self.solver.merit(self.residual, moved, error)
         better = merit < self.best_merit
+        if merit is not error:  # as good to rounding, and nearer to where it leads
+            level = self.best_merit + self.floor * self.best_merit.abs()
+            better = better | ((merit <= level) & (error < self.best_error))
         if not self.all_going:
             better = better & self.active
         if bool(better.all()):
@@ -145,8 +149,8 @@ class Run:
         else:
             self.best = torch.where(self._wide(better), moved, self.best)
             self.best_error = torch.where(better, error, self.best_error)
-            self.best_step = torch.where(better, self.count, self.best_step)
             self.best_merit = self.best_error if merit is error else torch.where(better, merit, self.best_merit)
+            self.best_step = torch.where(better, self.count, self.best_step)
 
     def _settle(self, moved: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A trial point where F isn't finite goes halfway back, a few times; then back to where it came from."""
@@ -184,11 +188,18 @@ class Run:
         """How many there were in the beginning."""
         return self.whole["status"].numel()
 
-    def _store(self) -> None:
+    def _store(self, state: Any) -> None:
         self.evaluations = torch.full_like(self.steps, self.evaluated + self.residual.evaluations)
-        for name in _PER_SAMPLE:
-            mine = getattr(self, name)
-            self.whole[name] = mine if self.rows is None else self.whole[name].index_copy(0, self.rows, mine)
+        rows = self.rows
+        if rows is None:
+            self.whole = {name: getattr(self, name) for name in _PER_SAMPLE}
+            self.state = state
+        else:
+            self.whole = {name: old.index_copy(0, rows, getattr(self, name)) for name, old in self.whole.items()}
+            # In place: it may be large, and is nobody else's.
+            self.state = pytree.tree_map(
+                lambda new, old: old.index_copy_(0, rows, new) if isinstance(new, Tensor) else new, state, self.state
+            )
 
     def _wide(self, mask: Tensor) -> Tensor:
         return widen(mask, self.z)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from difflayers._arrays import default_tolerance, sample_norm, widen
 from difflayers._problem import Form, Problem, Residual
@@ -67,10 +65,10 @@ class IterativeSolver(Solver):
     atol: float | None = None
     max_steps: int = 200
     patience: int = field(default=50, kw_only=True)
-    # Whether a step leaves the samples that aren't active where they are, so that the loop needn't.
-    masked: ClassVar[bool] = False
     # Whether every tensor of its state has the samples first, so that some of them can go on alone.
     divisible: ClassVar[bool] = False
+    # Whether a step leaves the samples that aren't active where they are, so that the loop needn't.
+    masked: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, residual: Residual, z: Tensor) -> Any:
@@ -83,17 +81,17 @@ class IterativeSolver(Solver):
     def tolerance(self, dtype: torch.dtype) -> float:
         return default_tolerance(dtype) if self.rtol is None else max(self.rtol, default_tolerance(dtype))
 
-    def inverse(self, state: Any) -> LinearOperator | None:
-        """What the iteration learnt of the inverse of the Jacobian at the answer, or None."""
+    def inverse(self, residual: Residual, z: Tensor, state: Any) -> LinearOperator | None:
+        """What the iteration learnt of the inverse of the Jacobian on its way to ``z``, or None."""
         return None
 
     def error(self, residual: Residual, z: Tensor) -> Tensor:
         """What falls below the tolerance at the answer, ``(*batch,)``."""
+        return sample_norm(residual(z).detach(), residual.problem.batch_dims)
+
     def merit(self, residual: Residual, z: Tensor, error: Tensor) -> Tensor:
         """What decides which iterate is the best, ``(*batch,)``; the error, unless a step decreases something else."""
         return error
-
-        return sample_norm(residual(z).detach(), residual.problem.batch_dims)
 
     def failure(self, state: Any) -> Tensor | None:
         """The :class:`Status` of samples that the last step gave up on, SUCCESS for others; None for no sample."""
@@ -105,13 +103,11 @@ class IterativeSolver(Solver):
         run = Run(self, problem, params, init)
         state = self.init(run.residual, init)
         while run.going and run.count < self.max_steps:
-            rows = run.shrink()
-            if rows is not None:
-                state = pytree.tree_map_only(Tensor, functools.partial(torch.index_select, dim=0, index=rows), state)
+            state = run.shrink(state)
             run.residual.active = run.active
             proposal, state = self.step(run.residual, run.z, state)
             run.advance(proposal, self.failure(state))
-        return run.solution(self.inverse(state))
+        return run.solution(state)
 
 
 @dataclass(frozen=True)

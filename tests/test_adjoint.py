@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from difflayers import ImplicitAdjoint, ImplicitFunction, RootProblem, UnrolledAdjoint, linear, monitor
 from difflayers.errors import ConvergenceWarning, LinearSolveError, ProblemError
-from difflayers.fixedpoint import Anderson, FixedPointProblem, Newton, Picard, ScipyRoot, fixed_point, root
+from difflayers.fixedpoint import Anderson, Broyden, FixedPointProblem, Newton, Picard, ScipyRoot, fixed_point, root
 
 TIGHT = {"rtol": 1e-13, "atol": 1e-13}
-SOLVERS = [Anderson(**TIGHT), Picard(**TIGHT), Newton(**TIGHT), ScipyRoot(rtol=1e-12)]
+SOLVERS = [Anderson(**TIGHT), Broyden(**TIGHT), Picard(**TIGHT), Newton(**TIGHT), ScipyRoot(rtol=1e-12)]
 ADJOINTS = [
     ImplicitAdjoint(linear.LU()),
     ImplicitAdjoint(linear.GMRES(rtol=1e-13)),
@@ -39,7 +39,9 @@ def test_gradients_with_every_linear_solver(adjoint):
     contracts.check_gradients(problems.TANH, SOLVERS[0], adjoint)
 
 
-@pytest.mark.parametrize("solver", [Anderson(**TIGHT), Picard(**TIGHT, max_steps=60), Newton(**TIGHT)], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [Anderson(**TIGHT), Broyden(**TIGHT), Picard(**TIGHT, max_steps=60), Newton(**TIGHT)], ids=repr
+)
 def test_unrolled_gradients(solver):
     contracts.check_gradients(problems.TANH, solver, UnrolledAdjoint(), order=1, tolerance=1e-5)
 

@@ -13,7 +13,8 @@ from difflayers._mixing import History, mix
 from difflayers._problem import Residual
 from difflayers._solution import Status
 from difflayers._solver import IterativeSolver
-from difflayers.linear._direct import pivot_status
+from difflayers.linear import LinearOperator
+from difflayers.linear._direct import FactoredInverse, pivot_status
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,12 @@ class Anderson(IterativeSolver):
         return mixed.reshape(z.shape), state
 
 
-class _Tried(NamedTuple):
+class _Factored(NamedTuple):
+    """How the last factorization went, and what it is: ``(*batch,)``, ``(samples, n, n)``, ``(samples, n)``."""
+
     status: Tensor
+    lu: Tensor
+    pivots: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,24 +74,31 @@ class Newton(IterativeSolver):
     max_steps: int = 50
     halvings = 12
     decrease = 1e-4
+    divisible = True
 
-    def init(self, residual: Residual, z: Tensor) -> _Tried:
-        shape = z.shape[: residual.problem.batch_dims]
-        return _Tried(torch.zeros(shape, dtype=torch.int64, device=z.device))
+    def init(self, residual: Residual, z: Tensor) -> _Factored:
+        batch = z.shape[: residual.problem.batch_dims]
+        n = z.shape[residual.problem.batch_dims :].numel()
+        eye = at_least_float32(torch.eye(n, dtype=z.dtype, device=z.device).repeat(batch.numel(), 1, 1))
+        status = torch.zeros(batch, dtype=torch.int64, device=z.device)
+        return _Factored(status, *torch.linalg.lu_factor(eye))
 
-    def failure(self, state: _Tried) -> Tensor:
+    def failure(self, state: _Factored) -> Tensor:
         return state.status
 
-    def step(self, residual: Residual, z: Tensor, state: _Tried) -> tuple[Tensor, _Tried]:
+    def inverse(self, residual: Residual, z: Tensor, state: _Factored) -> LinearOperator:
+        return FactoredInverse(state.lu, state.pivots, z, residual.problem.batch_dims)
+
+    def step(self, residual: Residual, z: Tensor, state: _Factored) -> tuple[Tensor, _Factored]:
         value = residual(z)
         matrix = at_least_float32(residual.jacobian(z).dense)
         rows = matrix.shape[0]
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         status = pivot_status(lu)
         move = torch.linalg.lu_solve(lu, pivots, -value.reshape(rows, -1, 1).to(lu.dtype)).to(z.dtype).reshape(z.shape)
-        status = status.reshape(state.status.shape)
+        status = status.reshape(z.shape[: residual.problem.batch_dims])
         move = torch.where(widen(status == Status.SUCCESS, move), move, 0)
-        return self._search(residual, z, move, status == Status.SUCCESS), _Tried(status)
+        return self._search(residual, z, move, status == Status.SUCCESS), _Factored(status, lu, pivots)
 
     def _search(self, residual: Residual, z: Tensor, move: Tensor, regular: Tensor) -> Tensor:
         """The longest of the steps 1, 1/2, 1/4, ... that decreases the residual norm enough."""

@@ -60,6 +60,43 @@ class LeastSquares(LinearSolver):
         return shaped(operator, x, status, residual, torch.full_like(status, operator.size))
 
 
+class FactoredInverse(LinearOperator):
+    """The inverses of factored matrices ``(samples, n, n)``; the identity where they are singular."""
+
+    def __init__(self, lu: Tensor, pivots: Tensor, like: Tensor, batch_dims: int) -> None:
+        self._lu, self._pivots, self.like, self.batch_dims, self.properties = lu, pivots, like, batch_dims, frozenset()
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._solve(x, adjoint=False)
+
+    def apply_transpose(self, x: Tensor) -> Tensor:
+        return self._solve(x, adjoint=True)
+
+    def _solve(self, x: Tensor, *, adjoint: bool) -> Tensor:
+        columns = x.reshape(self._lu.shape[0], -1, 1).to(self._lu.dtype)
+        solved = torch.linalg.lu_solve(self._lu, self._pivots, columns, adjoint=adjoint).to(x.dtype)
+        return torch.where(solved.isfinite(), solved, columns.to(x.dtype)).reshape(x.shape)
+
+
+class LowRankInverse(LinearOperator):
+    """``x -> Uᵀ V x - x`` with ``U, V`` of shape ``(samples, rank, n)``: what Broyden's method makes of ``-I``."""
+
+    def __init__(self, left: Tensor, right: Tensor, like: Tensor, batch_dims: int) -> None:
+        self._left, self._right, self.like, self.batch_dims = left, right, like, batch_dims
+        self.properties = frozenset()
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._product(x, self._left, self._right)
+
+    def apply_transpose(self, x: Tensor) -> Tensor:
+        return self._product(x, self._right, self._left)
+
+    def _product(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        row = x.reshape(left.shape[0], 1, left.shape[2])
+        product: Tensor = torch.baddbmm(row, torch.bmm(row, right.mT), left, beta=-1)
+        return product.reshape(x.shape)
+
+
 def pivot_status(lu: Tensor) -> Tensor:
     """``SUCCESS``, ``SINGULAR`` or ``NONFINITE`` of every factorization ``(samples, n, n)``."""
     if lu.shape[-1] == 0:
