@@ -15,7 +15,7 @@ def available_solvers(area: str) -> dict[str, type[Solver]]:
     """The names that ``solver="..."`` understands in an area, and their classes.
 
     >>> sorted(available_solvers("fixedpoint"))
-    ['anderson', 'broyden', 'newton', 'picard', 'scipy']
+    ['anderson', 'broyden', 'dogleg', 'lbfgs', 'lm', 'newton', 'picard', 'scipy']
     """
     if area not in AREAS:
         raise UnknownNameError("area", area, AREAS)

@@ -195,7 +195,7 @@ def value_and_jacobian(fn: Function, x: Tensor, batch_dims: int) -> tuple[Tensor
     """
     samples, n = x.shape[:batch_dims].numel(), x.shape[batch_dims:].numel()
     if in_functorch():
-        output, pullback = torch.func.vjp(fn, x)
+        output, pullback = torch.func.vjp(fn, x)  # type: ignore[misc]
     else:
         (alias,), output = _trace(fn, (x,))
         pullback = functools.partial(_pulled, output, alias)

@@ -12,10 +12,24 @@ from torch.utils.checkpoint import checkpoint
 
 from difflayers import ImplicitAdjoint, ImplicitFunction, RootProblem, UnrolledAdjoint, linear, monitor
 from difflayers.errors import ConvergenceWarning, LinearSolveError, ProblemError
-from difflayers.fixedpoint import Anderson, Broyden, FixedPointProblem, Newton, Picard, ScipyRoot, fixed_point, root
+from difflayers.fixedpoint import (
+    Anderson,
+    Broyden,
+    Dogleg,
+    FixedPointProblem,
+    LevenbergMarquardt,
+    Newton,
+    Picard,
+    ScipyRoot,
+    fixed_point,
+    root,
+)
 
 TIGHT = {"rtol": 1e-13, "atol": 1e-13}
-SOLVERS = [Anderson(**TIGHT), Broyden(**TIGHT), Picard(**TIGHT), Newton(**TIGHT), ScipyRoot(rtol=1e-12)]
+SOLVERS = [
+    Anderson(**TIGHT), Broyden(**TIGHT), Picard(**TIGHT), Newton(**TIGHT), Newton(**TIGHT, refactor=5),
+    Dogleg(**TIGHT), LevenbergMarquardt(**TIGHT), ScipyRoot(rtol=1e-12),
+]  # fmt: skip
 ADJOINTS = [
     ImplicitAdjoint(linear.LU()),
     ImplicitAdjoint(linear.GMRES(rtol=1e-13)),

@@ -1,23 +1,50 @@
 """Roots ``F(z) = 0``, fixed points ``z = f(z)``, and deep equilibrium layers on them."""
 
-from difflayers.fixedpoint._api import fixed_point, root
+from difflayers.fixedpoint._api import fixed_point, least_squares, minimize, root
 from difflayers.fixedpoint._broyden import Broyden
 from difflayers.fixedpoint._deq import DEQ, Equilibrium
-from difflayers.fixedpoint._iterations import Anderson, Newton, Picard
+from difflayers.fixedpoint._descent import LBFGS
+from difflayers.fixedpoint._iterations import Anderson, Picard
+from difflayers.fixedpoint._least_squares import LeastSquaresProblem
+from difflayers.fixedpoint._minimize import MinimizeProblem
+from difflayers.fixedpoint._monotone import MonotoneConvDEQ, MonotoneDEQ
+from difflayers.fixedpoint._newton import Newton
 from difflayers.fixedpoint._problem import FixedPointProblem
 from difflayers.fixedpoint._scipy import ScipyRoot
+from difflayers.fixedpoint._splitting import ForwardBackward, PeacemanRachford
+from difflayers.fixedpoint._trust import Dogleg, LevenbergMarquardt
 
-SOLVERS = {"anderson": Anderson, "broyden": Broyden, "newton": Newton, "picard": Picard, "scipy": ScipyRoot}
+SOLVERS = {
+    "anderson": Anderson,
+    "broyden": Broyden,
+    "dogleg": Dogleg,
+    "lbfgs": LBFGS,
+    "lm": LevenbergMarquardt,
+    "newton": Newton,
+    "picard": Picard,
+    "scipy": ScipyRoot,
+}
 
 __all__ = [
     "DEQ",
+    "LBFGS",
     "Anderson",
     "Broyden",
+    "Dogleg",
     "Equilibrium",
     "FixedPointProblem",
+    "ForwardBackward",
+    "LeastSquaresProblem",
+    "LevenbergMarquardt",
+    "MinimizeProblem",
+    "MonotoneConvDEQ",
+    "MonotoneDEQ",
     "Newton",
+    "PeacemanRachford",
     "Picard",
     "ScipyRoot",
     "fixed_point",
+    "least_squares",
+    "minimize",
     "root",
 ]

@@ -11,6 +11,8 @@ from difflayers._implicit import ImplicitFunction
 from difflayers._problem import RootProblem
 from difflayers._solution import OnFailure, Solution
 from difflayers._solver import Solver
+from difflayers.fixedpoint._least_squares import LeastSquaresProblem
+from difflayers.fixedpoint._minimize import MinimizeProblem
 from difflayers.fixedpoint._problem import FixedPointProblem
 
 
@@ -74,6 +76,60 @@ def fixed_point(
     """
     problem = FixedPointProblem(fn, batch_dims)
     return _call(problem, z0, args, solver, adjoint, init, on_failure)
+
+
+def minimize(
+    fn: Callable[..., Any],
+    z0: Any,
+    args: Sequence[Any] = (),
+    *,
+    batch_dims: int = 0,
+    solver: str | Solver = "lbfgs",
+    adjoint: Adjoint | None = None,
+    init: Any = None,
+    on_failure: OnFailure = "raise",
+) -> Solution:
+    """Find ``z`` where ``fn(z, *args)`` is least nearby, differentiable in ``args``; arguments as in :func:`root`.
+
+    ``fn`` returns one real number per sample, ``(*batch,)``. What holds at the answer is ``∇_z fn = 0``, so tolerances
+    are those of the gradient's norm, relative to that at the start, and derivatives need a regular Hessian.
+
+    >>> import torch
+    >>> from difflayers.fixedpoint import minimize
+    >>> a = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    >>> z = minimize(lambda z, a: (z.exp() - a * z).sum(), torch.zeros(2, dtype=torch.float64), (a,)).value
+    >>> z.sum().backward()  # z = log(a)
+    >>> a.grad.numpy().round(6)
+    array([1. , 0.5])
+    """
+    return _call(MinimizeProblem(fn, batch_dims), z0, args, solver, adjoint, init, on_failure)
+
+
+def least_squares(
+    fn: Callable[..., Any],
+    z0: Any,
+    args: Sequence[Any] = (),
+    *,
+    batch_dims: int = 0,
+    solver: str | Solver = "lm",
+    adjoint: Adjoint | None = None,
+    init: Any = None,
+    on_failure: OnFailure = "raise",
+) -> Solution:
+    """Find ``z`` where ``½‖fn(z, *args)‖²`` is least nearby, differentiable in ``args``; arguments as in :func:`root`.
+
+    ``fn`` returns the residuals of every sample, ``(*batch, ...)``, as many as it likes. What holds at the answer is
+    ``Jᵀ fn = 0`` for ``J = ∂fn/∂z``.
+
+    >>> import torch
+    >>> from difflayers.fixedpoint import least_squares
+    >>> t = torch.linspace(0, 1, 20, dtype=torch.float64)
+    >>> y = 2 * torch.exp(-1.5 * t)
+    >>> z0 = torch.ones(2, dtype=torch.float64)
+    >>> least_squares(lambda z, y: z[0] * torch.exp(-z[1] * t) - y, z0, (y,)).value.numpy().round(6)
+    array([2. , 1.5])
+    """
+    return _call(LeastSquaresProblem(fn, batch_dims), z0, args, solver, adjoint, init, on_failure)
 
 
 def _call(

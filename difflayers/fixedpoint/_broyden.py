@@ -16,7 +16,7 @@ from difflayers.linear._direct import LowRankInverse
 
 
 class _State(NamedTuple):
-    """``left, right``: ``U, V`` of ``H = Uᵀ V - I``, ``(samples, memory, n)``; the last ``z``, ``F(z)`` and ``H F(z)``."""
+    """``left, right``: ``U, V`` of ``H = Uᵀ V - I``, ``(samples, memory, n)``; last ``z``, ``F(z)`` and ``H F(z)``."""
 
     left: Tensor
     right: Tensor

@@ -92,7 +92,7 @@ def one_per_sample(value: Any, z: Any, batch_dims: int) -> Tensor:
             f"objective returned shape {tuple(value.shape)}, but with batch_dims={batch_dims} and an unknown of shape "
             f"{tuple(like.shape)} it must return one number per sample, {batch}; {more}"
         )
-    return value
+    return value  # type: ignore[no-any-return]
 
 
 def checked(value: Any, like: Tensor, name: str) -> Tensor:

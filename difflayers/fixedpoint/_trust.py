@@ -21,7 +21,7 @@ class Region(NamedTuple):
 
     scale: Tensor  # (samples, n): the largest norm that each column of the Jacobian has had
     radius: Tensor  # (samples,): of the region, in scaled unknowns; infinite before the first step
-    status: Tensor  # (samples,)
+    status: Tensor  # (*batch,)
 
 
 class Model(NamedTuple):
@@ -50,9 +50,9 @@ class Model(NamedTuple):
         eps = torch.finfo(pivots.dtype).eps
         deficient = (pivots.amin(-1) <= pivots.shape[-1] * eps * pivots.amax(-1)) | ~step.isfinite().all(-1)
         if not bool(deficient.any()):
-            return step
+            return step  # type: ignore[no-any-return]
         least = -_product(_pseudoinverse(self.core[deficient]), self.offset[deficient])
-        return step.index_put((deficient,), least)
+        return step.index_put((deficient,), least)  # type: ignore[no-any-return]
 
     def damped(self, damping: Tensor) -> tuple[Tensor, Tensor]:
         """The minimizer of ``‖r + J s‖² + damping ‖s‖²`` and the triangle ``R`` with ``RᵀR = JᵀJ + damping``."""
@@ -113,7 +113,7 @@ class TrustRegion(IterativeSolver):
 
     def init(self, residual: Residual, z: Tensor) -> Region:
         rows = at_least_float32(_rows(residual, z))
-        status = torch.zeros(len(rows), dtype=torch.int64, device=z.device)
+        status = torch.zeros(z.shape[: residual.problem.batch_dims], dtype=torch.int64, device=z.device)
         return Region(torch.zeros_like(rows), torch.full_like(rows[:, 0], torch.inf), status)
 
     def error(self, residual: Residual, z: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class TrustRegion(IterativeSolver):
             return super().error(residual, z)
         # The next step wants the Jacobian anyway.
         value, jacobian = residual.linearization(z)
-        return _product(jacobian.mT, value).detach().norm(dim=-1).reshape(z.shape[: residual.problem.batch_dims])
+        return _product(jacobian.mT, value).detach().norm(dim=-1).reshape(z.shape[: residual.problem.batch_dims])  # type: ignore[no-any-return]
 
     def merit(self, residual: Residual, z: Tensor, error: Tensor) -> Tensor:
         return residual.objective(z).detach() if isinstance(residual, SumOfSquares) else error
@@ -147,7 +147,7 @@ class TrustRegion(IterativeSolver):
         stuck = stuck if before is None else stuck | flat
         status = torch.where(broken, int(Status.NONFINITE), torch.where(stuck, int(Status.STALLED), 0))
         taken = active & (agreement >= self.sufficient) & ~stuck
-        return _moved(residual, z, trial, taken, before), Region(scale, radius, status)
+        return _moved(residual, z, trial, taken, before), Region(scale, radius, status.reshape(state.status.shape))
 
     def _radius(self, state: Region, model: Model, start: Tensor) -> Tensor:
         # With columns of length one, scaled unknowns have the unit of the residual; so one of the two is no small size.
