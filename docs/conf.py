@@ -32,6 +32,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|np|numpy|scipy|collections|contextlib|dataclasses|typing|types|abc|enum)\..*"),
     (r"py:.*", r"(bool|bytes|callable|dict|float|frozenset|int|list|object|set|slice|str|tuple|type|None|\.\.\.)"),
+    (r"py:.*", r"(.*\.)?View"),  # what a DEQ keeps for itself on an Equilibrium
     (r"py:.*", r"(.*Error|.*Warning|Any|Callable|Iterator|Literal|Mapping|NDArray|Self|Sequence|Tensor|TypeVar)"),
 ]
 
