@@ -12,7 +12,7 @@ from difflayers.errors import ProblemError, SolverError
 from difflayers.fixedpoint import LBFGS, Dogleg, LevenbergMarquardt, Newton, least_squares, minimize
 
 DESCENT = [LBFGS(rtol=1e-12, atol=1e-12), Newton(rtol=1e-12, atol=1e-12)]
-TRUST = [LevenbergMarquardt(rtol=1e-13, atol=1e-13), Dogleg(rtol=1e-13, atol=1e-13)]
+TRUST = [LevenbergMarquardt(rtol=1e-12, atol=1e-13), Dogleg(rtol=1e-12, atol=1e-13)]
 
 
 def softly(z, a, b):
