@@ -68,9 +68,10 @@ class Model(NamedTuple):
         return -self.gradient * (self.gradient.square().sum(-1) / along.clamp_min(_tiny(along)))[:, None]
 
     def agreement(self, step: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """The decrease of ``‖r‖²`` relative to that of the model, and whether the model's is lost in rounding.
+        """The decrease of ``‖r‖²`` relative to that of the model, and whether the model's is nothing but rounding.
 
-        Where it is, ``‖r‖²`` can't judge any more, and a step that keeps it is as good as predicted.
+        Near that, ``‖r‖²`` can't judge any more, and a step that keeps it is as good as predicted. Residuals are
+        differences, of numbers that may be much larger than they are; hence the thousand.
         """
         before = self.value.detach().square().sum(-1)
         gained = before - after.detach().square().sum(-1)
@@ -78,10 +79,11 @@ class Model(NamedTuple):
         expected = -(2 * self.gradient * step).sum(-1).detach() - _product(self.jacobian, step).detach().square().sum(
             -1
         )
-        noise = 4 * torch.finfo(before.dtype).eps * before
-        flat = expected <= noise
-        ratio = torch.where(flat, torch.where(gained >= -noise, 1.0, -1.0), gained / expected.clamp_min(_tiny(before)))
-        return ratio.nan_to_num(nan=-1.0), flat
+        rounding = torch.finfo(before.dtype).eps * before
+        noise = 1e3 * rounding
+        kept = torch.where(gained >= -noise, 1.0, -1.0)
+        ratio = torch.where(expected <= noise, kept, gained / expected.clamp_min(_tiny(before)))
+        return ratio.nan_to_num(nan=-1.0), expected <= 4 * rounding
 
 
 @dataclass(frozen=True)
