@@ -65,8 +65,8 @@ def scaled(wanted: float) -> Tensor:
 # The loss is a square distance, and the gradient that of ``W`` and ``x`` together. Its error is relative to a reference
 # from Newton's method and dense factorizations. Forward solves go to 1e-12, so that nothing but the adjoint is seen.
 #
-# Costs are those of the backward pass: products with :math:`(\partial f/\partial z)^\top`, as many as the slowest sample
-# asks for, plus the one that every backward pass ends with, for the parameters; and CPU time on one thread.
+# Costs are those of the backward pass: products with :math:`(\partial f/\partial z)^\top`, as many as the slowest
+# sample asks for, plus the one that every backward pass ends with, for the parameters; and CPU time on one thread.
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ figure, grid = plt.subplots(2, 2, figsize=(9, 8.6), sharey=True, sharex="row", l
 for column, (wanted, found) in enumerate(measured.items()):
     grid[0, column].set_title(f"spectral radius {wanted}")
     for row, (cost, label) in enumerate(
-        (("vjps", "vector-Jacobian products"), ("milliseconds", "backward, ms of CPU"))
+        (("vjps", "vector-Jacobian products"), ("milliseconds", "backward, CPU ms"))
     ):
         draw(grid[row, column], found, cost)
         grid[row, column].set_xlabel(label)
@@ -216,8 +216,9 @@ plt.show()
 # - Where the cell contracts well, everything exact is cheap, and plain summation (``Picard``) is as good as any.
 # - Near a radius of one, plain summation needs hundreds of products where Krylov methods need tens.
 # - What Newton's method leaves behind, a factorization one step before the answer, is nearly the inverse: one or two
-#   products do. It was paid for on the way forward, with 128 products a step. What Broyden's method learnt comes for free
-#   and saves a third of the products at 0.8, a sixth at 0.98.
+#   products do. It was paid for on the way forward, with 128 products a step. What Broyden's method learnt
+#   comes for free. It saves a third of the products at 0.8 and a sixth at 0.98, but using it costs time too: with a cell
+#   as cheap as this one the two are about even.
 # - A Neumann series that is cut is ``Picard`` without the test whether it has converged. Its error falls like the
 #   spectral radius to the power ``k + 1``: at 0.98, five terms leave more than a third of the gradient wrong, and
 #   ``Identity`` leaves most of it wrong. Networks do train with them, but what they follow is no gradient.
