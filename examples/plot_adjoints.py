@@ -217,8 +217,8 @@ plt.show()
 # - Near a radius of one, plain summation needs hundreds of products where Krylov methods need tens.
 # - What Newton's method leaves behind, a factorization one step before the answer, is nearly the inverse: one or two
 #   products do. It was paid for on the way forward, with 128 products a step. What Broyden's method learnt
-#   comes for free. It saves a third of the products at 0.8 and a sixth at 0.98, but using it costs time too: with a cell
-#   as cheap as this one the two are about even.
+#   comes for free. It saves a third of the products at 0.8 and a sixth at 0.98, but using it costs time too: with a
+#   cell as cheap as this one the two are about even.
 # - A Neumann series that is cut is ``Picard`` without the test whether it has converged. Its error falls like the
 #   spectral radius to the power ``k + 1``: at 0.98, five terms leave more than a third of the gradient wrong, and
 #   ``Identity`` leaves most of it wrong. Networks do train with them, but what they follow is no gradient.
