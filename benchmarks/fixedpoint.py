@@ -1,245 +1,292 @@
-"""Fixed points and their gradients, beside torchdeq: time, evaluations, accuracy.
+"""Fixed points, roots and their gradients beside torchdeq and SciPy: time, evaluations, accuracy, and what was asked.
 
-Run ``python benchmarks/fixedpoint.py [--quick] [--markdown]``. One process, one thread, CPU time, minimum over
-repetitions that take turns. See ``README.md`` for what is compared and why.
+One process, one thread, CPU time, minimum over repetitions that take turns. See ``README.md`` for what is compared and
+why. Single parts: ``--only conv`` (or multiscale, tanh, linear, counts, overhead, roots, digits), any number of times.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 
+import _cells
+import digits
+import roots
 import torch
-from peers import Solve, torchdeq_approximate, torchdeq_exact
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from _cells import Case
+from _measure import Comparison, Counted, compare, examine, stopwatch, time_f
+from _report import Goal, Report
+from peers import Method, torchdeq_approximate, torchdeq_exact
 from torch import Tensor
 
-from difflayers import ImplicitAdjoint, ImplicitFunction, linear
-from difflayers.fixedpoint import Anderson, FixedPointProblem, Picard
-
-TOLERANCE = 1e-8
+from difflayers import ImplicitAdjoint, ImplicitFunction, Solver, linear
+from difflayers.fixedpoint import DEQ, Anderson, Broyden, FixedPointProblem, Picard
 
 
 @dataclass(frozen=True)
-class Cell:
-    """``z = activation(z Wᵀ + x Uᵀ + b)`` on a batch, in float64."""
+class Ours:
+    """A deep equilibrium layer as a method of the benchmark, held to the tolerance of the case."""
 
-    name: str
-    activation: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]  # of the activation, given its value
-    params: tuple[Tensor, ...]
-    z0: Tensor
+    solver: type[Anderson] | type[Broyden] | type[Picard]
+    linear_solver: linear.LinearSolver
 
-    def fn(self, z: Tensor, W: Tensor, U: Tensor, b: Tensor, x: Tensor) -> Tensor:
-        return self.activation(z @ W.T + (x @ U.T + b))
+    def __call__(self, case: Case) -> Callable[[], Tensor]:
+        linear_solver = self.linear_solver
+        if isinstance(linear_solver, linear.Picard):
+            linear_solver = replace(linear_solver, max_steps=case.steps)
+        layer = DEQ(case.cell, solver=solver(self.solver, case), adjoint=ImplicitAdjoint(linear_solver))
 
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        return self.params[:3]
+        def solve() -> Tensor:
+            value: Tensor = layer(case.x, init=case.z0)
+            return value
 
-    @classmethod
-    def linear(cls, size: int = 64, batch: int = 128, radius: float = 0.9) -> Cell:
-        W, *rest = _data(size, batch)
-        W = W * (radius / torch.linalg.eigvals(W).abs().max())
-        name = f"linear cell, n={size}, batch {batch}, spectral radius {radius}"
-        return cls(name, lambda y: y, torch.ones_like, *_posed(W, *rest))
-
-    @classmethod
-    def tanh(cls, size: int = 128, batch: int = 256, gain: float = 1.15) -> Cell:
-        W, *rest = _data(size, batch)
-        return cls(f"tanh cell, n={size}, batch {batch}", torch.tanh, lambda z: 1 - z**2, *_posed(gain * W, *rest))
-
-    def reference(self, cotangent: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The answer by Newton's method and the gradients of the weights by dense solves; no package involved."""
-        W, U, b, x = (p.detach() for p in self.params)
-        z, eye = self.z0, torch.eye(len(b), dtype=b.dtype)
-        for _ in range(400):
-            z = self.fn(z, W, U, b, x)
-        for _ in range(4):
-            value = self.fn(z, W, U, b, x)
-            z = z + torch.linalg.solve(eye - self.slope(value).unsqueeze(-1) * W, value - z)
-        slope = self.slope(z)
-        u = slope * torch.linalg.solve((eye - slope.unsqueeze(-1) * W).mT, cotangent)
-        return z, [u.T @ z, u.T @ x, u.sum(0)]
+        return solve
 
 
-def _data(size: int, batch: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(size, size), (size, size), (size,), (batch, size)]
-    W, U, b, x = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    return W / size**0.5, U / size**0.5, b, x
+DEFAULT = "Anderson, ImplicitAdjoint()"
+LEARNT = "Broyden, ImplicitAdjoint()"
+COLD = "Anderson, linear.GCR"
+EXACT: dict[str, Method] = {
+    DEFAULT: Ours(Anderson, linear.Auto()),
+    LEARNT: Ours(Broyden, linear.Auto()),
+    COLD: Ours(Anderson, linear.GCR(memory=40)),
+    "Anderson, linear.GMRES": Ours(Anderson, linear.GMRES()),
+    "Picard, ImplicitAdjoint()": Ours(Picard, linear.Auto()),
+    "Picard, linear.Picard": Ours(Picard, linear.Picard()),
+}
+APPROXIMATE: dict[str, Method] = {
+    "Anderson, linear.Neumann(5)": Ours(Anderson, linear.Neumann(5)),
+    "Anderson, linear.Identity": Ours(Anderson, linear.Identity()),
+}
 
 
-def _posed(*data: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    *weights, x = data
-    return (*(w.clone().requires_grad_() for w in weights), x), torch.zeros_like(x)
+def solver(kind: type[Anderson] | type[Broyden] | type[Picard], case: Case) -> Solver:
+    """A solver with its defaults, but for the tolerance and the number of steps."""
+    return kind(rtol=case.tolerance, atol=0.0, max_steps=case.steps)
 
 
-def exact() -> dict[str, Solve]:
-    """Ours, with gradients to the tolerance."""
-    anderson, picard = Anderson(TOLERANCE, 0.0), Picard(TOLERANCE, 0.0, max_steps=300)
-    return {
-        "Anderson, ImplicitAdjoint()": ours(anderson, linear.Auto()),
-        "Anderson, linear.GMRES": ours(anderson, linear.GMRES(TOLERANCE)),
-        "Anderson, linear.Anderson": ours(anderson, linear.Anderson(TOLERANCE)),
-        "Picard, linear.Picard": ours(picard, linear.Picard(TOLERANCE)),
-    }
+@cache
+def posed(name: str) -> tuple[Case, Tensor, float]:
+    """A case in float64, the true gradient, and the residual of the point at which that was taken."""
+    case = {
+        "conv": _cells.conv,
+        "multiscale": _cells.multiscale,
+        "tanh": _cells.tanh,
+        "linear 0.9": _cells.linear,
+        "linear 0.99": lambda: _cells.linear(radius=0.99),
+    }[name]()
+    residual, gradient = _cells.reference(case)
+    return case, gradient, residual
 
 
-def approximate() -> dict[str, Solve]:
-    """Ours, with gradients that are approximate by choice."""
-    anderson = Anderson(TOLERANCE, 0.0)
-    return {
-        "Anderson, linear.Neumann(5)": ours(anderson, linear.Neumann(5)),
-        "Anderson, linear.Identity": ours(anderson, linear.Identity()),
-    }
+def conv(report: Report) -> None:
+    _timing(report, "conv", 3.0)
 
 
-def ours(solver: Anderson | Picard, linear_solver: linear.LinearSolver) -> Solve:
-    made: dict[Any, ImplicitFunction] = {}
-
-    def solve(fn: Callable[..., Tensor], params: Sequence[Tensor], z0: Tensor) -> Tensor:
-        # Made once, called often, like the layer that torchdeq's is.
-        if fn not in made:
-            made[fn] = ImplicitFunction(FixedPointProblem(fn, 1), solver, ImplicitAdjoint(linear_solver))
-        value: Tensor = made[fn](*params, init=z0).value
-        return value
-
-    return solve
+def multiscale(report: Report) -> None:
+    _timing(report, "multiscale", 4.0, float32=1e-4)
 
 
-class _Counter(torch.autograd.Function):
-    """The identity, which counts how often it is evaluated and pulled back."""
-
-    evaluations = pullbacks = 0
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        _Counter.evaluations += 1
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
-        _Counter.pullbacks += 1
-        return cotangent
+def tanh(report: Report) -> None:
+    _timing(report, "tanh", 3.0)
 
 
-@dataclass
-class Result:
-    """One method on one cell."""
-
-    evaluations: int
-    pullbacks: int
-    residual: float
-    gradient_error: float
-    forward: float = float("inf")
-    total: float = float("inf")
-    floor: float = float("nan")  # what the evaluations and vjps alone would take
+def linear_cells(report: Report) -> None:
+    _timing(report, "linear 0.9", 3.0)
+    _timing(report, "linear 0.99", 3.0)
 
 
-def examine(cell: Cell, solve: Solve, cotangent: Tensor, reference: Sequence[Tensor]) -> Result:
-    """Counts and accuracy; the first call, which is not timed, warms up."""
-    solve(cell.fn, cell.params, cell.z0)
-
-    def counted(z: Tensor, *params: Tensor) -> Tensor:
-        return cell.fn(_Counter.apply(z), *params)
-
-    solve(counted, cell.params, cell.z0)
-    _Counter.evaluations = _Counter.pullbacks = 0
-    z = solve(counted, cell.params, cell.z0)
-    gradients = torch.autograd.grad((z * cotangent).sum(), cell.weights)
-    evaluations, pullbacks = _Counter.evaluations, _Counter.pullbacks
-    with torch.no_grad():
-        after = cell.fn(z, *cell.params)
-        residual = ((after - z).norm(dim=1) / after.norm(dim=1)).max().item()
-    got, want = (torch.cat([g.flatten() for g in gs]) for gs in (gradients, reference))
-    return Result(evaluations, pullbacks, residual, ((got - want).norm() / want.norm()).item())
-
-
-def stopwatch(run: Callable[[], object]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
-def measure(cell: Cell, methods: dict[str, Solve], repetitions: int) -> tuple[dict[str, Result], float, float]:
-    """Results, and the time of one evaluation of ``f`` and of one of its vjps."""
-    cotangent = torch.randn(cell.z0.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    _, reference = cell.reference(cotangent)
-    results = {name: examine(cell, solve, cotangent, reference) for name, solve in methods.items()}
-    one_f = one_vjp = float("inf")
-    for _ in range(repetitions):
-        one_f, one_vjp = min(one_f, _time_f(cell)), min(one_vjp, _time_vjp(cell, cotangent))
-        for name, solve in methods.items():
-            start = time.process_time()
-            z = solve(cell.fn, cell.params, cell.z0)
-            middle = time.process_time()
-            torch.autograd.grad((z * cotangent).sum(), cell.weights)
-            end = time.process_time()
-            results[name].forward = min(results[name].forward, middle - start)
-            results[name].total = min(results[name].total, end - start)
-    for result in results.values():
-        result.floor = result.evaluations * one_f + result.pullbacks * one_vjp
-    return results, one_f, one_vjp
-
-
-def _time_f(cell: Cell, calls: int = 20) -> float:
-    with torch.no_grad():
-        return stopwatch(lambda: [cell.fn(cell.z0, *cell.params) for _ in range(calls)]) / calls
-
-
-def _time_vjp(cell: Cell, cotangent: Tensor, calls: int = 20) -> float:
-    z = cell.z0.clone().requires_grad_()
-    value = cell.fn(z, *cell.params)
-    return (
-        stopwatch(lambda: [torch.autograd.grad(value, z, cotangent, retain_graph=True) for _ in range(calls)]) / calls
+def _timing(report: Report, name: str, asked: float, float32: float | None = None) -> None:
+    case, gradient, residual = posed(name)
+    report.note(f"{case.name}: residual at the reference {residual:.0e}")
+    if float32 is not None:
+        case = case.in_float32(float32)
+    methods = {**EXACT, **torchdeq_exact()} if report.quick else _everything()
+    large = case.z0.numel() > 2**15
+    comparison = compare(case, methods, gradient, 2 if report.quick else 5 if large else 20)
+    _report_times(report, comparison)
+    (_, peer), (name, ours) = comparison.best(peers=True), comparison.best(peers=False)
+    ratio, default = peer.total / ours.total, peer.total / comparison.results[DEFAULT].total
+    report.goal(
+        Goal(
+            f"{_short(case)}: forward + backward",
+            f"{peer.total * 1e3:.1f} ms",
+            f"{ours.total * 1e3:.1f} ms ({name})",
+            f"{ours.floor * 1e3:.1f} ms",
+            f"{ours.outside:.0%} of it outside f and vjps",
+            f"≥ {asked:g}×",
+            f"{ratio:.2f}× (default {default:.2f}×)",
+            ratio >= asked,
+        )
     )
 
 
-def report(title: str, results: dict[str, Result], console: Console, markdown: bool) -> None:
-    best = min(results[name].total for name in torchdeq_exact(TOLERANCE) if results[name].residual <= 2 * TOLERANCE)
-    table = Table(title=None if markdown else title, box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
-    table.add_column("method", no_wrap=True)
-    headings = "forward|forward + backward|÷ torchdeq's best exact|floor|÷ floor|f|vjp|residual|gradient error"
-    for heading in headings.split("|"):
-        table.add_column(heading, justify="right")
-    for name, r in results.items():
-        table.add_row(
+def _everything() -> dict[str, Method]:
+    return {**EXACT, **torchdeq_exact(), **APPROXIMATE, **torchdeq_approximate()}
+
+
+def _report_times(report: Report, comparison: Comparison) -> None:
+    case = comparison.case
+    n, peer = len(case.x), comparison.best(peers=True)[1]
+    one = f"f {comparison.one_f[n] * 1e3:.3f} ms, its vjp {comparison.one_vjp[n] * 1e3:.3f} ms"
+    headings = "method|forward|forward + backward|torchdeq's best ÷ it|floor|outside|f|vjp|residual|gradient error"
+    rows = [
+        (
             name,
             f"{r.forward * 1e3:.1f} ms",
             f"{r.total * 1e3:.1f} ms",
-            f"{r.total / best:.2f}",
+            f"{peer.total / r.total:.2f}",
             f"{r.floor * 1e3:.1f} ms",
-            f"{r.total / r.floor:.2f}",
+            f"{r.outside:.0%}",
             str(r.evaluations),
-            str(r.pullbacks),
+            str(r.vjps),
             f"{r.residual:.0e}",
             f"{r.gradient_error:.0e}",
         )
-    if markdown:
-        console.print(f"\n### {title}")
-    console.print(table)
+        for name, r in comparison.results.items()
+    ]
+    report.table(f"{_short(case)}, to {case.tolerance:g}: {one}", headings, rows)
+
+
+def counts(report: Report) -> None:
+    """Evaluations of ``f`` and vjps at 1e-8 in float64, and how exact the gradient is; no times."""
+    names = ("conv", "multiscale", "tanh", "linear 0.9", "linear 0.99")
+    methods = {"torchdeq": torchdeq_exact()["torchdeq anderson"], **EXACT}
+    rows = []
+    for name in names:
+        case, gradient, _ = posed(name)
+        found = {key: examine(case, methods[key], gradient) for key in ("torchdeq", DEFAULT, COLD, LEARNT)}
+        rows.append((case, found))
+        _evaluation_goal(report, case, found["torchdeq"].evaluations, found[DEFAULT].evaluations)
+    for case, found in rows:
+        _adjoint_goal(report, case, *(found[key].vjps for key in (COLD, DEFAULT, LEARNT)))
+    for case, found in rows:
+        if case.smooth:
+            _gradient_goal(report, case, *(found[key].gradient_error for key in ("torchdeq", DEFAULT, LEARNT)))
+
+
+def _evaluation_goal(report: Report, case: Case, peer: int, ours: int) -> None:
+    ratio = ours / peer
+    work = f"{_short(case)}: evaluations of f at {case.tolerance:g}"
+    report.goal(Goal(work, f"{peer} (Anderson)", f"{ours} (Anderson)", "", "", "≤ 0.4", f"{ratio:.2f}", ratio <= 0.4))
+
+
+def _adjoint_goal(report: Report, case: Case, cold: int, default: int, learnt: int) -> None:
+    asked = 0.6 if isinstance(case.cell, _cells.Dense) and "linear" in case.name else 1.0
+    least = min(default, learnt)
+    report.goal(
+        Goal(
+            f"{_short(case)}: vjps of the adjoint",
+            f"{cold} (cold GCR)",
+            f"{default} after Anderson, {learnt} after Broyden",
+            "",
+            "",
+            f"≤ {asked:g}",
+            f"{least / cold:.2f}" + (f" (default {default / cold:.2f})" if least < default else ""),
+            least <= asked * cold and max(default, learnt) <= cold,
+        )
+    )
+
+
+def _gradient_goal(report: Report, case: Case, peer: float, default: float, learnt: float) -> None:
+    in_tolerances = max(default, learnt) / case.tolerance
+    report.goal(
+        Goal(
+            f"{_short(case)}: gradient error at {case.tolerance:g}",
+            f"{peer:.0e} (Anderson)",
+            f"{default:.0e} after Anderson, {learnt:.0e} after Broyden",
+            "",
+            "",
+            "≤ 10 tolerances",
+            f"{in_tolerances:.1f}",
+            in_tolerances <= 10,
+        )
+    )
+
+
+def overhead(report: Report) -> None:
+    """What an iteration takes beyond its evaluation of ``f``, in evaluations of ``f``."""
+    rows = []
+    for name, limits in (("conv", (0.15, 0.15)), ("linear 0.9", (1.5, 8.0))):
+        case = posed(name)[0]
+        repetitions = (2 if report.quick else 3) if name == "conv" else 20
+        for kind, asked in zip((Picard, Anderson), limits, strict=True):
+            rows.append(_overhead(report, case, kind, asked, repetitions))
+    headings = "cell|solver|one f|evaluations|solver alone: overhead per iteration|in a DEQ"
+    report.table("Overhead", headings, rows)
+
+
+def _overhead(
+    report: Report, case: Case, kind: type[Anderson] | type[Picard], asked: float, repetitions: int
+) -> tuple[str, ...]:
+    counted = Counted(case.cell)
+    runs = [_forward(case, case.cell, kind, deq=False), _forward(case, case.cell, kind, deq=True)]
+    count = _forward(case, counted, kind, deq=False)
+    count()
+    counted.evaluations.clear()
+    count()
+    times, ones = [float("inf")] * 2, {samples: float("inf") for samples in counted.evaluations}
+    for _ in range(repetitions):
+        ones = {samples: min(best, time_f(case, samples)) for samples, best in ones.items()}
+        times = [min(best, stopwatch(run)) for best, run in zip(times, runs, strict=True)]
+    floor = sum(n * ones[samples] for samples, n in counted.evaluations.items())
+    evaluations, one = counted.evaluations.total(), ones[len(case.x)]
+    alone, layer = ((t - floor) / evaluations / one for t in times)
+    report.goal(
+        Goal(
+            f"{_short(case)}: overhead of an iteration, {kind.__name__}",
+            "",
+            f"{times[0] * 1e3:.2f} ms, {evaluations} evaluations of {one * 1e3:.3f} ms",
+            f"{floor * 1e3:.2f} ms",
+            f"{1 - floor / times[0]:.0%} of it outside f",
+            f"≤ {asked:g} f",
+            f"{alone:.2f} f (in a DEQ {layer:.2f})",
+            alone <= asked,
+        )
+    )
+    return _short(case), kind.__name__, f"{one * 1e3:.3f} ms", str(evaluations), f"{alone:.2f} f", f"{layer:.2f} f"
+
+
+def _forward(
+    case: Case, cell: torch.nn.Module, kind: type[Anderson] | type[Picard], *, deq: bool
+) -> Callable[[], None]:
+    layer = DEQ(cell, solver=solver(kind, case))
+    function = ImplicitFunction(FixedPointProblem(cell, 1), solver(kind, case))
+
+    def run() -> None:
+        with torch.no_grad():
+            _ = layer(case.x, init=case.z0) if deq else function.solve(case.x, init=case.z0)
+
+    return run
+
+
+def _short(case: Case) -> str:
+    dtype = "" if case.z0.dtype == torch.float64 else ", float32"
+    return case.name + dtype
+
+
+PARTS: dict[str, Callable[[Report], None]] = {
+    "conv": conv,
+    "multiscale": multiscale,
+    "tanh": tanh,
+    "linear": linear_cells,
+    "counts": counts,
+    "overhead": overhead,
+    "roots": roots.run,
+    "digits": digits.run,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few repetitions: do the numbers come out at all?")
-    parser.add_argument("--markdown", action="store_true", help="tables as README.md has them")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    console = Console(width=170, highlight=False)
-    console.print(f"Python {platform.python_version()}, torch {torch.__version__}, 1 thread, tolerance {TOLERANCE:g}")
-    methods = {**exact(), **torchdeq_exact(TOLERANCE), **approximate(), **torchdeq_approximate()}
-    for cell in (Cell.linear(), Cell.tanh()):
-        results, one_f, one_vjp = measure(cell, methods, 3 if options.quick else 10)
-        title = f"{cell.name}: f {one_f * 1e3:.3f} ms, its vjp {one_vjp * 1e3:.3f} ms"
-        report(title, results, console, options.markdown)
+    parser.add_argument("--only", action="append", choices=PARTS, metavar="NAME", help=", ".join(PARTS))
+    report = Report.from_command_line(parser)
+    for name, part in PARTS.items():
+        if not report.only or name in report.only:
+            part(report)
+    report.summary()
 
 
 if __name__ == "__main__":

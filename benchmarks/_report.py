@@ -1,0 +1,79 @@
+"""Tables on the terminal or as Markdown, and the summary of what was asked and what was reached."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, field
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One row of the summary, as text, and whether it is met."""
+
+    work: str
+    peer: str
+    ours: str
+    floor: str
+    where: str
+    asked: str
+    reached: str
+    met: bool
+
+
+@dataclass
+class Report:
+    """Where results go.
+
+    Attributes:
+        quick: few repetitions: do the numbers come out at all?
+        markdown: tables as ``README.md`` has them.
+        only: the parts that were asked for, none for all.
+    """
+
+    quick: bool = False
+    markdown: bool = False
+    only: Sequence[str] = ()
+    goals: list[Goal] = field(default_factory=list)
+    console: Console = field(default_factory=lambda: Console(width=200, highlight=False))
+
+    @classmethod
+    def from_command_line(cls, parser: argparse.ArgumentParser) -> Report:
+        parser.add_argument("--quick", action="store_true", help="few repetitions: do the numbers come out at all?")
+        parser.add_argument("--markdown", action="store_true", help="tables as README.md has them")
+        options = parser.parse_args()
+        torch.set_num_threads(1)
+        report = cls(options.quick, options.markdown, getattr(options, "only", None) or ())
+        report.note(f"Python {platform.python_version()}, torch {torch.__version__}, 1 thread")
+        return report
+
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    def goal(self, goal: Goal) -> None:
+        self.goals.append(goal)
+
+    def table(self, title: str, headings: str, rows: Iterable[Sequence[str]]) -> None:
+        """``headings`` are joined by ``|``; the first column is the wide one."""
+        table = Table(title=None if self.markdown else title, box=box.MARKDOWN if self.markdown else box.SIMPLE_HEAD)
+        for i, heading in enumerate(headings.split("|")):
+            table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
+        for row in rows:
+            table.add_row(*row)
+        if self.markdown:
+            # Wide enough for every cell: a wrapped one would break the table.
+            self.console.print(f"\n### {title}\n", soft_wrap=True)
+            Console(width=400, highlight=False).print(table)
+        else:
+            self.console.print(table)
+
+    def summary(self) -> None:
+        headings = "work|torchdeq|difflayers|floor|where the time goes|asked|reached|met"
+        rows = [(*map(str, astuple(goal)[:-1]), "yes" if goal.met else "no") for goal in self.goals]
+        self.table(f"Summary: {sum(g.met for g in self.goals)} of {len(rows)} met", headings, rows)
