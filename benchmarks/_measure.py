@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,9 +56,13 @@ class Result:
     total: float = INF
     floor: float = INF
 
-    def exact(self, case: Case) -> bool:
-        """Whether it solved the problem, and gives its gradient, to what was asked for."""
-        return self.residual <= 1.1 * case.tolerance and self.gradient_error <= 100 * case.tolerance
+    def reaches(self, tolerance: float) -> bool:
+        """Whether it solved the problem to the tolerance, and the adjoint system too.
+
+        At kinks and at long distances from the answer a gradient is off by more than the answer is; a thousand times
+        that is a gradient that wasn't found.
+        """
+        return self.residual <= 1.1 * tolerance and self.gradient_error <= 1e3 * tolerance
 
     @property
     def outside(self) -> float:
@@ -75,12 +79,10 @@ class Comparison:
     one_f: dict[int, float] = field(default_factory=dict)
     one_vjp: dict[int, float] = field(default_factory=dict)
 
-    def best(self, peers: bool) -> tuple[str, Result]:
-        """The fastest exact method, among torchdeq's or among ours."""
-        exact = {
-            name: r for name, r in self.results.items() if name.startswith("torchdeq") == peers and r.exact(self.case)
-        }
-        return min(exact.items(), key=lambda item: item[1].total)
+    def best(self, names: Iterable[str]) -> tuple[str, Result]:
+        """The fastest of some methods, of those that reach the tolerance."""
+        reaching = {name: self.results[name] for name in names if self.results[name].reaches(self.case.tolerance)}
+        return min(reaching.items(), key=lambda item: item[1].total)
 
 
 def compare(case: Case, methods: Mapping[str, Method], gradient: Tensor, repetitions: int) -> Comparison:

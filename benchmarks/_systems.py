@@ -106,7 +106,7 @@ def broyden_banded(x: Tensor) -> Tensor:  # (31)
 
 def systems() -> list[System]:
     """All of them, in the sizes that MINPACK used."""
-    t = np.arange(1, 11) / 11
+    t = np.arange(1, 11) * (1 / 11)
     return [
         System("Rosenbrock", rosenbrock, np.array([-1.2, 1])),
         System("Powell singular", powell_singular, np.array([3.0, -1, 0, 1])),

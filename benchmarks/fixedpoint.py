@@ -19,7 +19,7 @@ from _cells import Case
 from _measure import Comparison, Counted, compare, examine, stopwatch, time_f
 from _report import Goal, Report
 from peers import Method, torchdeq_approximate, torchdeq_exact
-from torch import Tensor
+from torch import Tensor, nn
 
 from difflayers import ImplicitAdjoint, ImplicitFunction, Solver, linear
 from difflayers.fixedpoint import DEQ, Anderson, Broyden, FixedPointProblem, Picard
@@ -107,7 +107,7 @@ def _timing(report: Report, name: str, asked: float, float32: float | None = Non
     large = case.z0.numel() > 2**15
     comparison = compare(case, methods, gradient, 2 if report.quick else 5 if large else 20)
     _report_times(report, comparison)
-    (_, peer), (name, ours) = comparison.best(peers=True), comparison.best(peers=False)
+    (_, peer), (name, ours) = comparison.best(torchdeq_exact()), comparison.best(EXACT)
     ratio, default = peer.total / ours.total, peer.total / comparison.results[DEFAULT].total
     report.goal(
         Goal(
@@ -129,7 +129,7 @@ def _everything() -> dict[str, Method]:
 
 def _report_times(report: Report, comparison: Comparison) -> None:
     case = comparison.case
-    n, peer = len(case.x), comparison.best(peers=True)[1]
+    n, peer = len(case.x), comparison.best(torchdeq_exact())[1]
     one = f"f {comparison.one_f[n] * 1e3:.3f} ms, its vjp {comparison.one_vjp[n] * 1e3:.3f} ms"
     headings = "method|forward|forward + backward|torchdeq's best ÷ it|floor|outside|f|vjp|residual|gradient error"
     rows = [
