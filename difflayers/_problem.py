@@ -68,6 +68,10 @@ class Residual:
         """What is to vanish, or be small, as rows ``(samples, m)``: ``F(z)`` unless ``F`` is derived from it."""
         return self(z).reshape(z.shape[: self.problem.batch_dims].numel(), -1)  # type: ignore[no-any-return]
 
+    def objective(self, z: Tensor) -> Tensor:
+        """What is to be least, ``(*batch,)``: ``½‖F(z)‖²`` unless ``F`` is the gradient of something."""
+        return self.equations(z).square().sum(-1).reshape(z.shape[: self.problem.batch_dims]) / 2
+
     def linearization(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The equations at ``z`` and their Jacobian, ``(samples, m, n)``; remembered."""
         if self._linearization is None or self._linearization[0] is not z:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from difflayers._solution import Solution, Status, has_answer
 from difflayers.linear import LinearOperator
 
 Array = np.ndarray[Any, np.dtype[Any]]
+T = TypeVar("T")
 
 
 class Solver(ABC):
@@ -120,39 +121,66 @@ class HostResult:
 
 
 class HostResidual:
-    """One sample's residual as a NumPy function, and its Jacobian.
+    """One sample's residual ``F`` as a NumPy function, its Jacobian, and what is behind them.
+
+    Of a minimization ``F`` is the gradient, its Jacobian the Hessian, and :meth:`objective` what is to be minimized. Of
+    least squares :meth:`equations` are the residuals, whose squares sum up to twice the objective. Asking for several
+    of them at one point costs one evaluation, if ``F`` comes first.
 
     Attributes:
-        evaluations: how often it was called.
+        dtype: what it is evaluated in.
         raised: the exception that the residual itself raised, if any: that one is the user's to see.
     """
 
     def __init__(self, residual: Residual, z: Tensor, sample: int) -> None:
         self._residual, self._z, self._sample = residual, z, sample
-        self.evaluations = 0
+        self._before = residual.evaluations
+        self._last: tuple[Array, Tensor] | None = None
+        self.dtype = residual.problem.precision or z.dtype
         self.raised: Exception | None = None
 
+    @property
+    def evaluations(self) -> int:
+        """How often it was evaluated."""
+        return self._residual.evaluations - self._before
+
     def __call__(self, x: Array) -> Array:
-        self.evaluations += 1
-        return self._guarded(lambda: _host(self._rows(self._residual(self._place(x)))[self._sample]).reshape(x.shape))
+        return self._guarded(lambda z: self._own(self._rows(self._residual(z))).reshape(x.shape), x)
 
     def jacobian(self, x: Array) -> Array:
         """``∂F/∂x``, ``(n, n)``, by ``n`` vector-Jacobian products."""
-        return self._guarded(lambda: _host(self._residual.jacobian(self._place(x)).dense[self._sample]))
+        return self._guarded(lambda z: self._own(self._residual.jacobian(z).dense), x)
+
+    def objective(self, x: Array) -> float:
+        """What is to be least: of a minimization its objective, of others half the sum of squared equations."""
+        return self._guarded(lambda z: float(self._own(self._residual.objective(z).reshape(-1))), x)
+
+    def equations(self, x: Array) -> Array:
+        """What is to vanish, or be small, ``(m,)``: of least squares the residuals, of others ``F``."""
+        return self._guarded(lambda z: self._own(self._residual.equations(z)), x)
+
+    def linearization(self, x: Array) -> tuple[Array, Array]:
+        """The equations and their Jacobian, ``(m,)`` and ``(m, n)``."""
+        return self._guarded(lambda z: tuple(map(self._own, self._residual.linearization(z))), x)  # type: ignore[return-value]
 
     def _place(self, x: Array) -> Tensor:
         # Which parameters are batched is the callable's secret, so one sample is solved inside the whole batch.
-        rows = self._rows(self._z).clone()
-        rows[self._sample] = torch.as_tensor(np.asarray(x), dtype=rows.dtype, device=rows.device).reshape(-1)
-        return rows.reshape(self._z.shape)
+        if self._last is None or not np.array_equal(self._last[0], x):
+            rows = self._rows(self._z).clone()
+            rows[self._sample] = torch.as_tensor(np.asarray(x), dtype=rows.dtype, device=rows.device).reshape(-1)
+            self._last = np.array(x), rows.reshape(self._z.shape)
+        return self._last[1]
 
     def _rows(self, z: Tensor) -> Tensor:
         return z.reshape(z.shape[: self._residual.problem.batch_dims].numel(), -1)
 
-    def _guarded(self, evaluate: Callable[[], Array]) -> Array:
+    def _own(self, rows: Tensor) -> Array:
+        return _host(rows[self._sample])
+
+    def _guarded(self, evaluate: Callable[[Tensor], T], x: Array) -> T:
         try:
             with torch.no_grad():
-                return evaluate()
+                return evaluate(self._place(x))
         except Exception as error:
             self.raised = error
             raise
@@ -163,7 +191,7 @@ class HostSolver(Solver):
     """Solves one sample at a time on the host, in NumPy.
 
     A result is ``SUCCESS`` only if its residual confirms it: ``‖F(x)‖ <= √rtol · ‖F(x0)‖`` or
-    ``‖F(x)‖ <= rtol · (1 + ‖x‖)``; otherwise it is ``STALLED``, whatever the routine says.
+    ``‖F(x)‖ <= rtol · (1 + ‖x0‖)``; otherwise it is ``STALLED``, whatever the routine says.
     """
 
     @abstractmethod
@@ -173,6 +201,12 @@ class HostSolver(Solver):
     def accuracy(self, dtype: torch.dtype) -> float:
         """The ``rtol`` against which results are confirmed."""
         return max(default_tolerance(dtype), 1e-8)
+
+    def confirms(self, fn: HostResidual, x: Array, x0: Array, first: float) -> bool:
+        """Whether ``x`` is an answer; ``first`` was the norm of the residual at the start ``x0``."""
+        # Not relative to x: one that runs away would confirm itself.
+        rtol = self.accuracy(fn.dtype)
+        return bool(host_norm(fn(x)) <= max(rtol**0.5 * first, rtol * (1 + host_norm(x0))))
 
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
         if init.numel() == 0:
@@ -193,30 +227,33 @@ class HostSolver(Solver):
         self, residual: Residual, init: Tensor, sample: int, x0: Array
     ) -> tuple[Array, int, int, int, float]:
         fn = HostResidual(residual, init, sample)
-        first = float(np.linalg.norm(fn(x0)))
+        first = host_norm(fn(x0))
         if not np.isfinite(first):
             return np.nan_to_num(x0), int(Status.NONFINITE), 0, 1, first
         result = self.solve_sample(fn, x0.copy())
         x = np.asarray(result.x, dtype=x0.dtype).reshape(x0.shape)
-        norm = float(np.linalg.norm(fn(x)))
+        norm = host_norm(fn(x))
         if not np.isfinite(norm):
-            return x0, int(Status.NONFINITE), result.steps, fn.evaluations, norm
-        status, size = result.status, float(np.linalg.norm(x))
-        rtol, floor = self.accuracy(init.dtype), default_tolerance(init.dtype)
-        if status is Status.SUCCESS and norm > max(rtol**0.5 * first, rtol * (1 + size)):
-            status = Status.STALLED
+            status = Status.NONFINITE if result.status.has_answer else result.status
+            return x0, int(status), result.steps, fn.evaluations, norm
+        return x, int(self._judged(fn, x, x0, first, result.status)), result.steps, fn.evaluations, norm
+
+    def _judged(self, fn: HostResidual, x: Array, x0: Array, first: float, status: Status) -> Status:
+        if status is Status.SUCCESS:
+            return status if self.confirms(fn, x, x0, first) else Status.STALLED
         # A routine asked for more than rounding allows calls the best possible answer a failure.
-        if status in (Status.STALLED, Status.MAX_STEPS) and norm <= floor * max(first, size):
-            status = Status.SUCCESS
-        return x, int(status), result.steps, fn.evaluations, norm
+        perfect = host_norm(fn(x)) <= default_tolerance(fn.dtype) * max(first, host_norm(x0))
+        return Status.SUCCESS if status in (Status.STALLED, Status.MAX_STEPS) and perfect else status
 
 
 @dataclass(frozen=True)
 class CallableSolver(HostSolver):
     """Any routine that can call a residual: ``fn(residual, z0) -> z``, in NumPy, one sample at a time.
 
-    ``residual`` is a function of one array shaped like ``z0``, with ``residual.jacobian(z)`` of shape ``(n, n)``.
-    Exceptions of ``fn`` are the caller's to see. Whether its answer is one is checked; see :class:`HostSolver`.
+    ``residual`` is a function of one array shaped like ``z0``, with ``residual.jacobian(z)`` of shape ``(n, n)``. Of a
+    minimization it is the gradient, and there is ``residual.objective(z)``; of least squares there is
+    ``residual.linearization(z)``, the residuals and their Jacobian; see :class:`HostResidual`. Exceptions of ``fn`` are
+    the caller's to see. Whether its answer is one is checked; see :class:`HostSolver`.
 
     Args:
         fn: the routine.
@@ -236,6 +273,12 @@ class CallableSolver(HostSolver):
 def mask_failed(value: Tensor, status: Tensor) -> Tensor:
     """NaN, with zero gradient, where a sample has no answer."""
     return torch.where(widen(has_answer(status), value), value, torch.nan)
+
+
+def host_norm(x: Array) -> float:
+    """The Euclidean norm; infinite where its square is."""
+    with np.errstate(over="ignore"):
+        return float(np.linalg.norm(x))
 
 
 def _host(tensor: Tensor) -> Array:

@@ -11,6 +11,7 @@ from difflayers.fixedpoint._monotone import MonotoneConvDEQ, MonotoneDEQ
 from difflayers.fixedpoint._newton import Newton
 from difflayers.fixedpoint._problem import FixedPointProblem
 from difflayers.fixedpoint._scipy import ScipyRoot
+from difflayers.fixedpoint._scipy_minimize import ScipyLeastSquares, ScipyMinimize
 from difflayers.fixedpoint._splitting import ForwardBackward, PeacemanRachford
 from difflayers.fixedpoint._trust import Dogleg, LevenbergMarquardt
 
@@ -23,6 +24,8 @@ SOLVERS = {
     "newton": Newton,
     "picard": Picard,
     "scipy": ScipyRoot,
+    "scipy_least_squares": ScipyLeastSquares,
+    "scipy_minimize": ScipyMinimize,
 }
 
 __all__ = [
@@ -42,6 +45,8 @@ __all__ = [
     "Newton",
     "PeacemanRachford",
     "Picard",
+    "ScipyLeastSquares",
+    "ScipyMinimize",
     "ScipyRoot",
     "fixed_point",
     "least_squares",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from difflayers._solution import Status
 from difflayers._solver import Array, HostResidual, HostResult, HostSolver
@@ -49,8 +51,10 @@ class ScipyRoot(HostSolver):
         if self.method not in _STEP_LIMIT:
             raise UnknownNameError("method", self.method, tuple(_STEP_LIMIT))
 
+    def accuracy(self, dtype: torch.dtype) -> float:
+        return max(super().accuracy(dtype), self.rtol or 0.0)
+
     def solve_sample(self, fn: HostResidual, x0: Array) -> HostResult:
-        from scipy.linalg import LinAlgWarning
         from scipy.optimize import root
 
         # SciPy's own defaults for the residual reach from 1e-8 to 6e-6; a derivative deserves better.
@@ -58,26 +62,18 @@ class ScipyRoot(HostSolver):
         options: dict[str, float] = {} if self.max_steps is None else {_STEP_LIMIT[self.method]: self.max_steps}
         if self.method == "df-sane":
             options |= {"fatol": tol, "ftol": 0.0}
-        jacobian = (lambda x: fn.jacobian(x.reshape(x0.shape))) if self.method in _USES_JACOBIAN else None
-        try:
-            with np.errstate(all="ignore"), warnings.catch_warnings():
-                # What they warn of shows in the status.
-                warnings.simplefilter("ignore", LinAlgWarning)
-                result = root(
-                    lambda x: fn(x.reshape(x0.shape)).reshape(-1),
-                    x0.reshape(-1),
-                    jac=jacobian,
-                    method=self.method,
-                    tol=None if self.method == "df-sane" else tol,
-                    options=options,
-                )
-        except (ArithmeticError, ValueError, np.linalg.LinAlgError):
-            if fn.raised is not None:
-                raise
-            return HostResult(x0, Status.BACKEND_ERROR)
-        return HostResult(
-            result.x.reshape(x0.shape), self._status(result), int(result["nit"] if "nit" in result else result["nfev"])
+        result = run_scipy(
+            fn,
+            lambda: root(
+                lambda x: fn(x.reshape(x0.shape)).reshape(-1),
+                x0.reshape(-1),
+                jac=(lambda x: fn.jacobian(x.reshape(x0.shape))) if self.method in _USES_JACOBIAN else None,
+                method=self.method,
+                tol=None if self.method == "df-sane" else tol,
+                options=options,
+            ),
         )
+        return host_result(result, x0, self._status)
 
     def _status(self, result: Any) -> Status:
         if result.success:
@@ -85,3 +81,28 @@ class ScipyRoot(HostSolver):
         if self.method in _MINPACK:
             return _MINPACK[self.method].get(result.status, Status.STALLED)
         return Status.MAX_STEPS
+
+
+def run_scipy(fn: HostResidual, routine: Callable[[], Any]) -> Any:
+    """What a routine of SciPy returns, or None where it broke down; what ``fn`` itself raises is the user's to see."""
+    from scipy.linalg import LinAlgWarning
+    from scipy.optimize import OptimizeWarning
+
+    try:
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            # What they warn of shows in the status.
+            warnings.simplefilter("ignore", LinAlgWarning)
+            warnings.simplefilter("ignore", OptimizeWarning)
+            return routine()
+    except (ArithmeticError, ValueError, RuntimeError, np.linalg.LinAlgError):
+        if fn.raised is not None:
+            raise
+        return None
+
+
+def host_result(result: Any, x0: Array, status: Callable[[Any], Status]) -> HostResult:
+    """What SciPy says, as a result for one sample like ``x0``."""
+    if result is None:
+        return HostResult(x0, Status.BACKEND_ERROR)
+    steps = result["nit"] if "nit" in result else result["nfev"]
+    return HostResult(np.reshape(result.x, x0.shape), status(result), int(steps))
