@@ -101,10 +101,18 @@ class UnrolledAdjoint(Adjoint):
     def apply(
         self, problem: Problem, solver: Solver, params: Sequence[Tensor], init: Tensor, on_failure: OnFailure = "raise"
     ) -> Solution:
+        if any(map(batch_levels, (init, *params))):
+            raise ProblemError(
+                "UnrolledAdjoint can't be vmapped: the loop that it traces reads which samples are done; give fn the "
+                "batch and batch_dims=1 instead, or use ImplicitAdjoint()"
+            )
         solution = watch("forward", solver, lambda: solver.solve(problem, params, init))
         check_status(solution, on_failure)
         if not bool(has_answer(solution.status).all()):
-            solution = replace(solution, value=mask_failed(solution.value, solution.status))
+            # Once more, on a tape on which samples without an answer can't poison the others.
+            with torch.autograd.graph.saved_tensors_hooks(_finite, lambda t: t):
+                value = solver.solve(problem, [_finite(p) for p in params], init).value
+            solution = replace(solution, value=mask_failed(value, solution.status))
         return solution
 
 

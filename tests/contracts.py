@@ -1,10 +1,60 @@
-"""What every solver and adjoint promises, one function a promise."""
+"""What every solver and adjoint promises, one function a promise; and who promises it."""
 
+import copy
+import pickle
+
+import numpy as np
 import torch
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
-from difflayers.fixedpoint import fixed_point
+from difflayers import CallableSolver, ImplicitAdjoint, ImplicitFunction, linear
+from difflayers.fixedpoint import (
+    Anderson,
+    Broyden,
+    Dogleg,
+    FixedPointProblem,
+    LevenbergMarquardt,
+    Newton,
+    Picard,
+    ScipyRoot,
+    fixed_point,
+)
+
+
+def newton_in_numpy(residual, z):
+    """Somebody's own routine."""
+    for _ in range(50):
+        step = np.linalg.solve(residual.jacobian(z), residual(z).ravel()).reshape(z.shape)
+        z = z - step
+        if np.linalg.norm(step) <= 1e-14 * np.linalg.norm(z):
+            break
+    return z
+
+
+TIGHT = {"rtol": 1e-13, "atol": 1e-13}
+SOLVERS = [
+    Anderson(**TIGHT), Broyden(**TIGHT), Picard(**TIGHT), Newton(**TIGHT), Newton(**TIGHT, refactor=5),
+    Dogleg(**TIGHT), LevenbergMarquardt(**TIGHT), ScipyRoot(rtol=1e-12), CallableSolver(newton_in_numpy),
+]  # fmt: skip
+ADJOINTS = [
+    ImplicitAdjoint(linear.LU()),
+    ImplicitAdjoint(linear.GMRES(rtol=1e-13)),
+    ImplicitAdjoint(linear.GCR(rtol=1e-12)),
+    ImplicitAdjoint(linear.BiCGSTAB(rtol=1e-12)),
+    ImplicitAdjoint(linear.Anderson(rtol=1e-13)),
+    ImplicitAdjoint(linear.Picard(rtol=1e-13)),
+    ImplicitAdjoint(linear.LeastSquares()),
+]
+# Every solver with the default adjoint, and every adjoint with one solver.
+PAIRS = [*[(solver, ImplicitAdjoint()) for solver in SOLVERS], *[(SOLVERS[0], adjoint) for adjoint in ADJOINTS]]
+
+
+def label(value):
+    """The same in every process, unlike the address of a function."""
+    return repr(value).split(" at 0x")[0]
 
 
 def layer(case, solver, adjoint=None):
@@ -88,3 +138,105 @@ def check_third_order(case, solver, adjoint):
         return torch.autograd.grad(second.pow(2).sum(), params)
 
     assert_close(third(layer(case, solver, adjoint)), third(case.answer), 1e-7)
+
+
+def check_eager_forward_and_reverse(case, solver, adjoint):
+    """Dual numbers through a backward pass, and a backward pass through dual numbers."""
+    first, *rest = case.params()
+
+    def forward_over_reverse(fn):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(first.clone().requires_grad_(), first**2)
+            (gradient,) = torch.autograd.grad(fn(dual, *rest).pow(3).sum(), dual, create_graph=True)
+            return forward_ad.unpack_dual(gradient).tangent
+
+    def reverse_over_forward(fn):
+        leaf = first.clone().requires_grad_()
+        with forward_ad.dual_level():
+            moved = forward_ad.unpack_dual(fn(forward_ad.make_dual(leaf, first**2), *rest).pow(3).sum()).tangent
+            return torch.autograd.grad(moved, leaf)
+
+    ours = layer(case, solver, adjoint)
+    assert_close(forward_over_reverse(ours), forward_over_reverse(case.answer))
+    assert_close(reverse_over_forward(ours), reverse_over_forward(case.answer))
+
+
+def check_checkpointing(case, solver, adjoint):
+    """Around the solve, both of torch's kinds, and inside the function."""
+    params, call = wanting(case.params()), layer(case, solver, adjoint)
+    expected = torch.autograd.grad(case.answer(*params).pow(2).sum(), params)
+    for reentrant in (True, False):
+        leaves = wanting(case.params())
+        checkpoint(call, *leaves, use_reentrant=reentrant).pow(2).sum().backward()
+        assert_close([leaf.grad for leaf in leaves], expected)
+
+    def inside(z, *params):
+        return checkpoint(case.fn, z, *params, use_reentrant=False)
+
+    value = fixed_point(inside, case.z0(), params, batch_dims=case.batch_dims, solver=solver, adjoint=adjoint).value
+    assert_close(torch.autograd.grad(value.pow(2).sum(), params), expected)
+
+
+def check_bad_sample(solver, adjoint, bad):
+    """NaN or infinity in one sample: the others are what they are without it, in value and in gradient."""
+
+    def fn(z, weight, x):
+        return 0.3 * torch.tanh(z @ weight.mT) + x
+
+    weight, x = torch.randn(4, 4), torch.randn(3, 4)
+    broken = x.clone()
+    broken[1, 2] = bad
+
+    def run(x, weight):
+        z0 = torch.zeros(x.shape)
+        args = (weight, x)
+        return fixed_point(fn, z0, args, batch_dims=1, solver=solver, adjoint=adjoint, on_failure="ignore")
+
+    one, two = wanting((weight, weight))
+    solution, healthy = run(broken, one), run(x[[0, 2]], two)
+    assert solution.status.tolist() == [0, 3, 0]
+    assert solution.value[1].isnan().all()
+    assert_close(solution.value[[0, 2]], healthy.value, 1e-14)
+    solution.value[solution.ok].pow(2).sum().backward()
+    healthy.value.pow(2).sum().backward()
+    assert_close(one.grad, two.grad, 1e-12)
+
+
+def check_zero_size_batch(solver, adjoint):
+    """No samples: an empty answer, a zero gradient; under vmap too."""
+    weight = torch.randn(4, 4, requires_grad=True)
+
+    def call(x):
+        args = (weight.detach(), x)
+        return fixed_point(lambda z, w, x: z @ w.mT + x, torch.zeros(4), args, solver=solver, adjoint=adjoint).value
+
+    value = fixed_point(
+        lambda z, w: z @ w.mT, torch.zeros(0, 4), (weight,), batch_dims=1, solver=solver, adjoint=adjoint
+    ).value
+    value.sum().backward()
+    assert value.shape == vmap(call)(torch.zeros(0, 4)).shape == (0, 4)
+    assert not weight.grad.any()
+
+
+def check_copies(case, solver, adjoint):
+    """Deep copies and pickles give the same answer, to the last bit."""
+    fn, params = ImplicitFunction(FixedPointProblem(case.fn, case.batch_dims), solver, adjoint), case.params()
+    expected = fn(*params, init=case.z0()).value
+    for other in (copy.deepcopy(fn), pickle.loads(pickle.dumps(fn))):
+        assert torch.equal(other(*params, init=case.z0()).value, expected)
+
+
+def check_ignored_parameters(solver, adjoint):
+    """A function that ignores its parameters has an answer, which doesn't depend on them."""
+
+    def call(a):
+        fn = lambda z, a: 0.5 * torch.cos(z)  # noqa: E731
+        return fixed_point(fn, torch.zeros(2), (a,), solver=solver, adjoint=adjoint).value
+
+    a = torch.ones(2, requires_grad=True)
+    value = call(a)
+    assert_close(value, 0.5 * torch.cos(value))
+    value.sum().backward()
+    assert a.grad is None or not a.grad.any()
+    assert not jacrev(call)(torch.ones(2)).any()
+    assert not jacfwd(call)(torch.ones(2)).any()
