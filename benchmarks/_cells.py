@@ -46,7 +46,8 @@ class Case:
 
     def in_float32(self, tolerance: float) -> Case:
         cell = copy.deepcopy(self.cell).float()
-        return replace(self, cell=cell, x=self.x.float(), z0=self.z0.float(), tolerance=tolerance)
+        name = f"{self.name}, float32"
+        return replace(self, name=name, cell=cell, x=self.x.float(), z0=self.z0.float(), tolerance=tolerance)
 
 
 class Dense(nn.Module):
@@ -131,7 +132,7 @@ def _path(channels: int, down: int) -> nn.Module:
 def linear(size: int = 64, batch: int = 128, radius: float = 0.9) -> Case:
     W, U, b, x = _data(size, batch)
     W = W * (radius / torch.linalg.eigvals(W).abs().max())
-    name = f"linear cell, n={size}, batch {batch}, spectral radius {radius}"
+    name = f"linear cell {size}, radius {radius}, batch {batch}"
     return Case(
         name, Dense(W, U, b, lambda y: y, torch.ones_like), x, torch.zeros_like(x), steps=round(30 / (1 - radius))
     )
@@ -139,7 +140,7 @@ def linear(size: int = 64, batch: int = 128, radius: float = 0.9) -> Case:
 
 def tanh(size: int = 128, batch: int = 256, gain: float = 1.15) -> Case:
     W, U, b, x = _data(size, batch)
-    name = f"tanh cell, n={size}, batch {batch}"
+    name = f"tanh cell {size}, batch {batch}"
     return Case(name, Dense(gain * W, U, b, torch.tanh, lambda y: 1 - y**2), x, torch.zeros_like(x))
 
 
@@ -147,7 +148,7 @@ def conv(batch: int = 64) -> Case:
     torch.manual_seed(0)
     cell = Flat(Residual(48, 64)).double()
     x = torch.randn(batch, 48, 8, 8, dtype=torch.float64)
-    name = f"convolutional cell, 48×8×8, batch {batch}"
+    name = f"conv cell 48×8×8, batch {batch}"
     return Case(name, cell, x, torch.zeros_like(x).flatten(1), smooth=False)
 
 
@@ -156,7 +157,7 @@ def multiscale(batch: int = 32, channels: int = 24, levels: int = 3) -> Case:
     cell = Multiscale(channels, levels).double()
     x = torch.randn(batch, channels, 8, 8, dtype=torch.float64)
     n = sum(channels * (8 >> i) ** 2 for i in range(levels))
-    name = f"three-resolution cell, {channels} channels, batch {batch}"
+    name = f"three-resolution cell, batch {batch}"
     return Case(name, cell, x, x.new_zeros(batch, n), smooth=False)
 
 
