@@ -19,6 +19,7 @@ from difflayers.fixedpoint import (
     LevenbergMarquardt,
     Newton,
     Picard,
+    ScipyLeastSquares,
     ScipyRoot,
     fixed_point,
 )
@@ -37,7 +38,8 @@ def newton_in_numpy(residual, z):
 TIGHT = {"rtol": 1e-13, "atol": 1e-13}
 SOLVERS = [
     Anderson(**TIGHT), Broyden(**TIGHT), Picard(**TIGHT), Newton(**TIGHT), Newton(**TIGHT, refactor=5),
-    Dogleg(**TIGHT), LevenbergMarquardt(**TIGHT), ScipyRoot(rtol=1e-12), CallableSolver(newton_in_numpy),
+    Dogleg(**TIGHT), LevenbergMarquardt(**TIGHT),
+    ScipyRoot(rtol=1e-12), ScipyLeastSquares(rtol=1e-13), CallableSolver(newton_in_numpy),
 ]  # fmt: skip
 ADJOINTS = [
     ImplicitAdjoint(linear.LU()),

@@ -275,3 +275,17 @@ def test_vectorized_jacobian_with_ignored_parameter():
 
     ours = torch.autograd.functional.jacobian(call, (torch.ones(2), torch.ones(2)), vectorize=True)
     contracts.assert_close(ours, (2 * torch.eye(2), torch.zeros(2, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
+def test_compiled_function_equals_eager():
+    params = contracts.wanting(problems.TANH.params())
+    solve = contracts.layer(problems.TANH, SOLVER)
+
+    def model(weight, x):
+        return torch.sin(solve(weight, 2 * x)).pow(2).sum()
+
+    compiled = torch.compile(model, backend="aot_eager")
+    contracts.assert_close(compiled(*params), model(*params), 1e-12)
+    ours, eager = (torch.autograd.grad(fn(*params), params) for fn in (compiled, model))
+    contracts.assert_close(ours, eager, 1e-12)

@@ -1,9 +1,10 @@
 """The masked loop with scripted iterations, and the loop over samples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import contracts
 import numpy as np
+import problems
 import pytest
 import torch
 
@@ -146,3 +147,9 @@ def test_an_answer_that_is_none_is_found_out():
     solution = wild(torch.ones(2), init=torch.ones(2) * 3)
     assert solution.status.item() == Status.NONFINITE
     assert solution.value.isnan().all()
+
+
+@pytest.mark.parametrize("solver", contracts.SOLVERS, ids=contracts.label)
+def test_nothing_is_sized_by_the_limit_of_steps(solver):
+    if hasattr(solver, "max_steps"):
+        contracts.check_solution(problems.TANH, replace(solver, max_steps=10**9))

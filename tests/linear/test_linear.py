@@ -70,6 +70,42 @@ def test_a_sample_that_cannot_be_solved_is_flagged_and_leaves_the_others_alone()
         torch.testing.assert_close(solution.value[:1], expected, rtol=1e-9, atol=1e-11)
 
 
+def test_conjugate_gradients_flag_what_they_cannot_solve():
+    matrix, rhs = systems(5)
+    matrix = matrix @ matrix.mT
+    alone = solve(linear.CG(), matrix[:1], rhs[:1]).value
+    matrix[1] = 0
+    matrix[2, 0, 0] = torch.nan
+    rhs[3, 0] = torch.inf
+    solution = solve(linear.CG(), matrix, rhs)
+    bad = [Status.MAX_STEPS, Status.NONFINITE, Status.NONFINITE]
+    assert solution.status.tolist() == [Status.SUCCESS, *bad, Status.SUCCESS]
+    torch.testing.assert_close(solution.value[:1], alone, rtol=1e-9, atol=1e-11)
+
+
+def test_conjugate_gradients_do_not_claim_what_is_not_symmetric():
+    matrix, rhs = systems()
+    assert not (solve(linear.CG(max_steps=50), matrix, rhs).status == Status.SUCCESS).any()
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("solver", [*GENERAL, linear.GMRES(max_steps=3), linear.BiCGSTAB(max_steps=3)], ids=repr)
+def test_the_residual_reported_is_that_of_the_answer(solver, transpose):
+    matrix, rhs = systems()
+    solution = solve(solver, matrix, rhs, transpose)
+    x = solution.value.unsqueeze(-1)
+    residual = (((matrix.mT if transpose else matrix) @ x).squeeze(-1) - rhs).norm(dim=1)
+    torch.testing.assert_close(solution.residual, residual, rtol=1e-6, atol=1e-12)
+
+
+def test_consistent_singular_systems_are_solved_where_that_is_possible():
+    matrix, rhs = torch.diag_embed(torch.tensor([[-1.0, -2.0, 0.0]])), torch.tensor([[1.0, 1.0, 0.0]])
+    for solver in (linear.GMRES(), linear.GCR(), linear.BiCGSTAB(), linear.LeastSquares(), linear.CG()):
+        solution = solve(solver, matrix, rhs)
+        assert solution.status.tolist() == [Status.SUCCESS], solver
+        torch.testing.assert_close(solution.value, torch.tensor([[-1.0, -0.5, 0.0]]), msg=repr(solver))
+
+
 def test_singular_is_named_by_lu_and_answered_by_least_squares():
     matrix = torch.diag_embed(torch.tensor([[1.0, 2.0], [1.0, 0.0]]))
     rhs = torch.ones(2, 2)
@@ -103,6 +139,13 @@ def test_auto_chooses_by_size_and_structure():
     contractive = linear.MatrixOperator(large, frozenset({"fixed_point", "contractive"}))
     fixed_point = linear.MatrixOperator(large, frozenset({"fixed_point"}))
     assert linear.Auto().choose(contractive).memory < linear.Auto().choose(fixed_point).memory
+    assert isinstance(linear.Auto().choose(fixed_point), linear.GCR)
+    assert linear.Auto(dense_size=100).choose(definite) == linear.LU()
+    assert linear.Auto(dense_size=2).choose(small) == linear.GMRES()
+    small.inverse = small  # what a quasi-Newton solver learnt
+    assert linear.Auto().choose(small) == linear.GCR()
+    assert linear.Auto().held_to(1e-3).choose(small).rtol == 1e-3
+    assert linear.Auto(rtol=1e-5).held_to(1e-3).choose(small).rtol == 1e-5
 
 
 def test_auto_falls_back_to_lu_where_gmres_stalls():
@@ -114,6 +157,8 @@ def test_auto_falls_back_to_lu_where_gmres_stalls():
     solution = solve(linear.Auto(), shift[None], rhs)
     assert solution.status.tolist() == [Status.SUCCESS]
     torch.testing.assert_close((shift @ solution.value[0]), rhs[0])
+    unaffordable = solve(linear.Auto(dense_entries=n * n - 1), shift[None], rhs)
+    assert unaffordable.status.tolist() == [Status.STALLED]
 
 
 def test_jacobian_operator_products_match_its_matrix():
@@ -130,3 +175,10 @@ def test_jacobian_operator_products_match_its_matrix():
 @pytest.mark.parametrize("solver", GENERAL, ids=repr)
 def test_empty(solver):
     assert solve(solver, torch.zeros(0, 5, 5), torch.zeros(0, 5)).value.shape == (0, 5)
+
+
+@pytest.mark.parametrize("solver", GENERAL, ids=repr)
+def test_solves_while_gradients_are_on(solver):
+    matrix, rhs = systems()
+    solution = solve(solver, matrix.requires_grad_(), rhs)
+    torch.testing.assert_close(solution.value, torch.linalg.solve(matrix, rhs), rtol=1e-8, atol=1e-9)
