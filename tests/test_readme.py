@@ -9,7 +9,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 GENERATED = {"_build", "auto_examples"}
-WITH_EXAMPLES = {"README.md", "docs/index.rst", "docs/gradients.rst", "docs/extending.rst"}
+GUIDES = {f"docs/fixedpoint/{name}.rst" for name in ("roots", "fixed_points", "minimize", "deq", "choosing")}
+WITH_EXAMPLES = {"README.md", "docs/index.rst", "docs/gradients.rst", "docs/extending.rst"} | GUIDES
 PAGES = {
     path.relative_to(ROOT).as_posix()
     for path in [ROOT / "README.md", *DOCS.rglob("*.rst")]
