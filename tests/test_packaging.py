@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import configparser
+import os
 import re
+import shutil
+import subprocess
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -70,3 +73,56 @@ def test_type_hints_are_shipped(config):
 def test_console_script_starts():
     (script,) = metadata.entry_points(group="console_scripts", name="difflayers")
     assert callable(script.load())
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Runs make in a directory that has nothing but what make reads."""
+    if shutil.which("make") is None:
+        pytest.skip("make isn't here")
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+
+    def run(*arguments):
+        command = ["make", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def script(path, body):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_make_says_when_environments_cannot_be_made(make, tmp_path):
+    # As on Debian without python3-venv: it fails after it made half of one.
+    half = 'if [ "$1" = -m ]; then mkdir -p "$3/bin"; : > "$3/bin/python"; echo no ensurepip; exit 1; fi'
+    for _ in range(2):
+        done = make("demo", f"PYTHON={script(tmp_path / 'python', half)}")
+        assert done.returncode != 0
+        assert "apt install python3-venv" in done.stderr
+        assert "no ensurepip" in done.stderr
+        assert "make VENV=" in done.stderr
+    done = make("demo", f"PYTHON={script(tmp_path / 'python', 'exit 1')}")
+    assert "isn't a Python 3.10 or newer" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("there", "limits"), [("torch==9.9+cu\nnumpy==1.0", "torch==9.9+cu\nnumpy==1.0\n"), ("", None)]
+)
+def test_make_installs_once_and_keeps_what_is_there(make, tmp_path, there, limits):
+    calls, venv = tmp_path / "calls", tmp_path / "own"
+    listed = f'case "$*" in *list*) printf "{there}" ;; esac'
+    script(venv / "bin" / "python", f'echo "$*" >> "{calls}"; {listed}')
+    script(venv / "bin" / "difflayers", 'echo "ran $*"')
+    first = make("demo", f"VENV={venv}", "ARGS=--quick")
+    assert first.stdout.splitlines()[1:] == ["ran demo --quick"]
+    assert "install" in calls.read_text()
+    assert (venv / ".difflayers" / "limits.txt").read_text() == (limits or (ROOT / "constraints.txt").read_text())
+    calls.unlink()
+    assert make("demo", f"VENV={venv}").stdout == "ran demo\n"
+    assert not calls.exists()
