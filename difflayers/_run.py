@@ -103,6 +103,8 @@ class Run:
             self.divisible = False
             return state
         self._store(state)
+        if self.rows is None:  # it will be written to, and the caller's init may be a part of it
+            self.state = pytree.tree_map_only(Tensor, torch.clone, state)
         self.evaluated += self.residual.evaluations
         self.residual, self.rows = part, everywhere
         for name in _PER_SAMPLE:

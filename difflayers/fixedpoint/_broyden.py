@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from difflayers._mixing import with_row
-from difflayers._problem import Residual
+from difflayers._problem import Form, Residual
 from difflayers._solver import IterativeSolver
 from difflayers.linear import LinearOperator
 from difflayers.linear._direct import LowRankInverse
@@ -41,6 +41,7 @@ class Broyden(IterativeSolver):
     """
 
     memory: int = 30
+    serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point"})
     divisible = True
 
     def init(self, residual: Residual, z: Tensor) -> _State:

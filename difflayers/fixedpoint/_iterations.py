@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from difflayers._mixing import History, mix
-from difflayers._problem import Residual
+from difflayers._problem import Form, Residual
 from difflayers._solver import IterativeSolver
 
 
@@ -21,6 +22,7 @@ class Picard(IterativeSolver):
     """
 
     damping: float = 1.0
+    serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point"})
     divisible = True
 
     def init(self, residual: Residual, z: Tensor) -> None:
@@ -39,6 +41,7 @@ class Anderson(IterativeSolver):
 
     memory: int = 6
     damping: float = 1.0
+    serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point"})
     divisible = True
 
     def init(self, residual: Residual, z: Tensor) -> History:

@@ -24,6 +24,7 @@ class Gradient(Residual):
         super().__init__(self._gradient, problem)
         self._raw = fn
         self._raw_value: tuple[Any, Tensor] | None = None
+        self._curvature: tuple[Tensor, Tensor, Tensor] | None = None
 
     def raw(self, z: Any) -> Tensor:
         return self._raw(z)
@@ -38,6 +39,13 @@ class Gradient(Residual):
     def objective(self, z: Tensor) -> Tensor:
         """``L(z)``, ``(*batch,)``; costs nothing where the gradient was evaluated."""
         return self._raw_at(z)
+
+    def curvature(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient and the Hessian at ``z``, ``(samples, n)`` and ``(samples, n, n)``; remembered."""
+        if self._curvature is None or self._curvature[0] is not z:
+            hessian = self.jacobian(z).dense
+            self._curvature = z, self(z).reshape(hessian.shape[:2]), hessian
+        return self._curvature[1:]
 
     def _raw_at(self, z: Tensor) -> Tensor:
         if self._raw_value is None or self._raw_value[0] is not z:

@@ -67,7 +67,7 @@ class Newton(IterativeSolver):
             return super().error(residual, z)
         norm = gradient_norm(residual, z)
         size = 1 + sample_norm(z.detach(), residual.problem.batch_dims)
-        return norm + size * concavity(residual.linearization(z)[1].detach()).to(norm.dtype).reshape(norm.shape)
+        return norm + size * concavity(residual.curvature(z)[1].detach()).to(norm.dtype).reshape(norm.shape)
 
     def merit(self, residual: Residual, z: Tensor, error: Tensor) -> Tensor:
         return objective(residual, z).reshape(error.shape) if isinstance(residual, Gradient) else error
@@ -125,7 +125,7 @@ class Newton(IterativeSolver):
         return trial, ~searching
 
     def _descend(self, residual: Gradient, z: Tensor, state: Factors) -> tuple[Tensor, Factors]:
-        gradient, hessian = (at_least_float32(t) for t in residual.linearization(z))
+        gradient, hessian = (at_least_float32(t) for t in residual.curvature(z))
         broken = ~hessian.isfinite().all(-1).all(-1)
         active = ~broken if residual.active is None else residual.active.reshape(-1) & ~broken
         hessian = torch.where(active[:, None, None], hessian, torch.eye(hessian.shape[-1]).to(hessian))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from difflayers._problem import Form
 from difflayers._solution import Status
 from difflayers._solver import Array, HostResidual, HostResult, HostSolver
 from difflayers.errors import UnknownNameError
@@ -46,6 +47,7 @@ class ScipyRoot(HostSolver):
     method: str = "hybr"
     rtol: float | None = None
     max_steps: int | None = None
+    serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point"})
 
     def __post_init__(self) -> None:
         if self.method not in _STEP_LIMIT:
