@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from difflayers import errors, fixedpoint, linear
+    from difflayers import errors, fixedpoint, linear, plot
     from difflayers._adjoint import Adjoint, ImplicitAdjoint, UnrolledAdjoint
     from difflayers._areas import available_solvers
     from difflayers._implicit import ImplicitFunction
-    from difflayers._monitor import Record, monitor
+    from difflayers._monitor import Record, Trace, monitor
     from difflayers._problem import Problem, Residual, RootProblem
     from difflayers._solution import Solution, Status
     from difflayers._solver import CallableSolver, HostResidual, HostResult, HostSolver, IterativeSolver, Solver
@@ -25,13 +25,13 @@ _HOMES = {
     "_adjoint": ("Adjoint", "ImplicitAdjoint", "UnrolledAdjoint"),
     "_areas": ("available_solvers",),
     "_implicit": ("ImplicitFunction",),
-    "_monitor": ("Record", "monitor"),
+    "_monitor": ("Record", "Trace", "monitor"),
     "_problem": ("Problem", "Residual", "RootProblem"),
     "_solution": ("Solution", "Status"),
     "_solver": ("CallableSolver", "HostResidual", "HostResult", "HostSolver", "IterativeSolver", "Solver"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = ("errors", "fixedpoint", "linear")
+_MODULES = ("errors", "fixedpoint", "linear", "plot")
 
 __all__ = [
     "Adjoint",
@@ -49,12 +49,14 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "Trace",
     "UnrolledAdjoint",
     "available_solvers",
     "errors",
     "fixedpoint",
     "linear",
     "monitor",
+    "plot",
 ]
 
 

@@ -6,9 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from difflayers._solution import Solution, Status
@@ -16,8 +19,20 @@ from difflayers._solution import Solution, Status
 Role = Literal["forward", "adjoint", "tangent"]
 _Number = TypeVar("_Number", int, float)
 
-# A module-wide list, not a context variable: autograd runs backward solves in threads of its own.
-_listeners: list[list[Record]] = []
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A solve step by step, as plain data; row 0 is the start. Samples are those of the batch, flattened.
+
+    Attributes:
+        residual: residual norms, ``(steps + 1, samples)``; NaN once a sample is done.
+        tolerance: what the residual of every sample had to fall below at its last step, ``(samples,)``.
+        status: how every sample ended, the name of its :class:`~difflayers.Status`.
+    """
+
+    residual: np.ndarray[Any, np.dtype[np.float64]]
+    tolerance: np.ndarray[Any, np.dtype[np.float64]]
+    status: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,9 @@ class Record:
         residual: the largest residual norm among samples that have an answer; None likewise.
         status: how many samples ended with which status name.
         seconds: wall-clock time.
+        mean_steps: the mean over the samples of the steps that they took; None likewise.
+        trace: the solve step by step, where ``monitor(trace=True)`` asked for it and the solver is an
+            :class:`~difflayers.IterativeSolver`.
     """
 
     role: Role
@@ -43,11 +61,83 @@ class Record:
     residual: float | None
     status: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    mean_steps: float | None = None
+    trace: Trace | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def failed(self) -> int:
+        """How many samples didn't succeed."""
+        return self.samples - self.status.get(Status.SUCCESS.name, 0)
+
+    def as_dict(self) -> dict[str, str | int | float | None]:
+        """One flat row for JSON or a table, without the trace; statuses are ``"status/SUCCESS"`` and so on.
+
+        >>> from difflayers import Record
+        >>> Record("forward", "Picard()", 2, 7, 8, 1e-9, {"SUCCESS": 2}).as_dict()["status/SUCCESS"]
+        2
+        """
+        names = ("role", "solver", "samples", "steps", "mean_steps", "evaluations", "residual", "failed", "seconds")
+        row: dict[str, str | int | float | None] = {name: getattr(self, name) for name in names}
+        return row | {f"status/{name}": count for name, count in self.status.items()}
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers of :meth:`as_dict` that are known, under ``"forward/steps"`` and so on: TensorBoard's scalars.
+
+        ``for name, value in record.scalars().items(): writer.add_scalar(name, value, step)``
+        """
+        row = self.as_dict()
+        return {f"{self.role}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Listener:
+    trace: bool
+    log: list[Record] = field(default_factory=list)
+
+
+class Tracer:
+    """Where a loop leaves what it sees at every step; it stays on its device until the solve is over."""
+
+    def __init__(self, solver: object) -> None:
+        self.solver = solver
+        self._steps: list[tuple[Tensor, Tensor | None]] = []
+        self._tolerance: Tensor | None = None
+
+    def add(self, error: Tensor, rows: Tensor | None) -> None:
+        """The errors of the samples ``rows`` after one more step; None for all samples."""
+        self._steps.append((error.detach(), rows))
+
+    def finish(self, tolerance: Tensor) -> None:
+        """The tolerance of every sample at its last step."""
+        self._tolerance = tolerance.detach()
+
+    def trace(self, solution: Solution) -> Trace | None:
+        """What was left here, or None if nothing was."""
+        if self._tolerance is None:
+            return None
+        steps, status = solution.stats["steps"].flatten(), solution.status.flatten()
+        residual = self._tolerance.new_full((int(steps.max()) + 1, steps.numel()), torch.nan)
+        for row, (error, samples) in zip(residual, self._steps, strict=False):
+            row[slice(None) if samples is None else samples] = error.flatten()
+        numbers = torch.arange(len(residual), device=steps.device)
+        residual[numbers[:, None] > steps] = torch.nan
+        names = tuple(Status(code).name for code in status.tolist())
+        return Trace(_plain(residual), _plain(self._tolerance.flatten()), names)
+
+
+# A module-wide list, not a context variable: autograd runs backward solves in threads of its own.
+_listeners: list[_Listener] = []
+# A context variable: one solve stays in its thread, and another one inside it has a tracer of its own.
+_tracer: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 
 
 @contextmanager
-def monitor() -> Iterator[list[Record]]:
+def monitor(*, trace: bool = False) -> Iterator[list[Record]]:
     """Collect a :class:`Record` of every forward and backward solve that runs inside.
+
+    Args:
+        trace: whether records of forward solves also hold the residual of every sample after every step, which is
+            8 bytes each, for :func:`difflayers.plot.convergence`.
 
     >>> from difflayers import monitor
     >>> with monitor() as log:
@@ -55,24 +145,36 @@ def monitor() -> Iterator[list[Record]]:
     >>> log
     []
     """
-    log: list[Record] = []
-    _listeners.append(log)
+    listener = _Listener(trace)
+    _listeners.append(listener)
     try:
-        yield log
+        yield listener.log
     finally:
-        # By identity: two empty logs are equal, and nested monitors may end in any order.
-        _listeners[:] = [other for other in _listeners if other is not log]
+        # Nested monitors may end in any order.
+        _listeners.remove(listener)
+
+
+def tracer(solver: object) -> Tracer | None:
+    """Where the solve that runs here leaves its steps, if it is one by ``solver`` and somebody wants to see them."""
+    current = _tracer.get()
+    return current if current is not None and current.solver is solver else None
 
 
 def watch(role: Role, solver: object, solve: Callable[[], Solution]) -> Solution:
     """Run ``solve`` and tell the listeners about it; costs nothing when nobody listens."""
     if not _listeners:
         return solve()
+    own = Tracer(solver) if any(listener.trace for listener in _listeners) else None
+    outer = _tracer.set(own)
     start = time.perf_counter()
-    solution = solve()
+    try:
+        solution = solve()
+    finally:
+        _tracer.reset(outer)
     record = _record(role, solver, solution, time.perf_counter() - start)
-    for log in _listeners:
-        log.append(record)
+    traced = record if own is None else replace(record, trace=own.trace(solution))
+    for listener in _listeners:
+        listener.log.append(traced if listener.trace else record)
     return solution
 
 
@@ -91,8 +193,17 @@ def _record(role: Role, solver: object, solution: Solution, seconds: float) -> R
         residual=_largest(residual, float),
         status=dict(counts),
         seconds=seconds,
+        mean_steps=_mean(stats.get("steps")),
     )
 
 
 def _largest(stat: Tensor | None, kind: type[_Number]) -> _Number | None:
     return None if stat is None or stat.numel() == 0 else kind(stat.max())
+
+
+def _mean(stat: Tensor | None) -> float | None:
+    return None if stat is None or stat.numel() == 0 else float(stat.double().mean())
+
+
+def _plain(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return tensor.cpu().double().numpy()

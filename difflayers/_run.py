@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from difflayers._arrays import default_tolerance, sample_norm, widen
+from difflayers._monitor import tracer
 from difflayers._problem import Problem, Residual
 from difflayers._solution import Solution, Status
 
@@ -59,6 +60,9 @@ class Run:
         self.rows: Tensor | None = None  # of the whole batch, where only a part is left
         self.whole: dict[str, Tensor] = {}
         self.state: Any = None
+        self.tracer = tracer(solver)
+        if self.tracer is not None:
+            self.tracer.add(self.error, None)
         self.divisible = solver.divisible and problem.batch_dims == 1 and not torch.is_grad_enabled()
         self._end(finite & (self.error <= self.tolerance()), Status.SUCCESS)
 
@@ -88,6 +92,8 @@ class Run:
         self._keep_best(moved, error)
         self.steps = torch.where(self.active, self.count, self.steps)
         self.z, self.error = moved, error if self.all_going else torch.where(self.active, error, self.error)
+        if self.tracer is not None:
+            self.tracer.add(self.error, self.rows)
         self._end(self.active & (self.error <= self.tolerance()), Status.SUCCESS)
         if self.count >= self.solver.patience:
             self._end(self.active & (self.count - self.best_step >= self.solver.patience), Status.STALLED)
@@ -117,6 +123,8 @@ class Run:
         self._store(state)
         for name, tensor in self.whole.items():
             setattr(self, name, tensor)
+        if self.tracer is not None:
+            self.tracer.finish(self.tolerance())
         unconverged = (self.status == Status.MAX_STEPS) | (self.status == Status.STALLED)
         value, error = self.z, self.error
         if bool(unconverged.any()):

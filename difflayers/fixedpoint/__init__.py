@@ -12,6 +12,7 @@ from difflayers.fixedpoint._newton import Newton
 from difflayers.fixedpoint._problem import FixedPointProblem
 from difflayers.fixedpoint._scipy import ScipyRoot
 from difflayers.fixedpoint._scipy_minimize import ScipyLeastSquares, ScipyMinimize
+from difflayers.fixedpoint._spectrum import spectral_radius
 from difflayers.fixedpoint._splitting import ForwardBackward, PeacemanRachford
 from difflayers.fixedpoint._trust import Dogleg, LevenbergMarquardt
 
@@ -52,4 +53,5 @@ __all__ = [
     "least_squares",
     "minimize",
     "root",
+    "spectral_radius",
 ]
