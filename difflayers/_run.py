@@ -35,11 +35,12 @@ _PER_SAMPLE = (
 class Run:
     """One solve of an :class:`~difflayers.IterativeSolver`, in as few small operations as it takes.
 
-    Samples that are done stand still. Once half of them are, the others go on alone, where the problem can be divided:
-    a sample that needs a hundred times the steps then costs its own steps, not everybody's.
+    Samples that are done stand still. Once a quarter of them are, the others go on alone, where the problem can be
+    divided: a sample that needs a hundred times the steps then costs its own steps, not everybody's.
     """
 
     halvings = 10
+    crowded = 0.75
 
     def __init__(self, solver: IterativeSolver, problem: Problem, params: Sequence[Any], init: Tensor) -> None:
         self.solver, self.problem, self.params, self.z = solver, problem, params, init
@@ -60,6 +61,7 @@ class Run:
         self.rows: Tensor | None = None  # of the whole batch, where only a part is left
         self.whole: dict[str, Tensor] = {}
         self.state: Any = None
+        self.divided = False
         self.tracer = tracer(solver)
         if self.tracer is not None:
             self.tracer.add(self.error, None)
@@ -99,8 +101,8 @@ class Run:
             self._end(self.active & (self.count - self.best_step >= self.solver.patience), Status.STALLED)
 
     def shrink(self, state: Any) -> Any:
-        """Leave behind who is done, if that is at least half; the solver's state for those who stay."""
-        if not self.divisible or 2 * self.going > self.status.numel():
+        """Leave behind who is done, if that is enough of them; the solver's state for those who stay."""
+        if not self.divisible or self.going > self.crowded * self.status.numel():
             return state
         rows = self.active.nonzero().squeeze(1)
         everywhere = rows if self.rows is None else self.rows[rows]
@@ -112,7 +114,7 @@ class Run:
         if self.rows is None:  # it will be written to, and the caller's init may be a part of it
             self.state = pytree.tree_map_only(Tensor, torch.clone, state)
         self.evaluated += self.residual.evaluations
-        self.residual, self.rows = part, everywhere
+        self.residual, self.rows, self.divided = part, everywhere, True
         for name in _PER_SAMPLE:
             setattr(self, name, getattr(self, name)[rows])
         self.residual.move(self.z)
@@ -185,6 +187,8 @@ class Run:
         if part is None:
             return None
         z, here = self.z[rows], self.residual(self.z)[rows]
+        if self.divided and len(rows) > 1:  # shown once it holds for fewer, down to one, where shapes are squeezed
+            return part.remember(z, here)
         try:
             there = part(z)
         except Exception:  # whatever a callable does with batch sizes that it wasn't written for

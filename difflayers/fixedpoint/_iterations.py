@@ -39,7 +39,7 @@ class Anderson(IterativeSolver):
     On linear maps it is GMRES in disguise (Walker and Ni 2011). Memory: ``2 · memory`` states, whatever ``max_steps``.
     """
 
-    memory: int = 6
+    memory: int = 8
     damping: float = 1.0
     serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point"})
     divisible = True

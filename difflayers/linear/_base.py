@@ -91,7 +91,8 @@ class IterativeLinearSolver(LinearSolver):
         flat = rhs.reshape(operator.samples, operator.size)
         rtol = default_tolerance(rhs.dtype) if self.rtol is None else self.rtol
         tolerance = self.atol + rtol * flat.norm(dim=1)
-        x, residual, steps = iterate(operator.products(transpose), flat, tolerance)
+        with torch.no_grad():  # histories are written in place; derivatives of a solve are another solve
+            x, residual, steps = iterate(operator.products(transpose), flat, tolerance)
         status = torch.where(steps < self.max_steps, int(Status.STALLED), int(Status.MAX_STEPS))
         status = torch.where(residual <= tolerance, int(Status.SUCCESS), status)
         finite = residual.isfinite() & x.isfinite().all(1)

@@ -64,7 +64,7 @@ class Picard(IterativeLinearSolver):
 class Anderson(IterativeLinearSolver):
     """Picard's iteration, accelerated from the last ``memory`` iterates."""
 
-    memory: int = 6
+    memory: int = 8
     requires: ClassVar[frozenset[Property]] = _FIXED_POINT
 
     def iterate(self, product: Product, rhs: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
