@@ -2,12 +2,15 @@
 
 from difflayers.fixedpoint._api import fixed_point, least_squares, minimize, root
 from difflayers.fixedpoint._broyden import Broyden
+from difflayers.fixedpoint._cells import TransformerCell
 from difflayers.fixedpoint._deq import DEQ, Equilibrium
 from difflayers.fixedpoint._descent import LBFGS
+from difflayers.fixedpoint._heads import ClassificationHead, SegmentationHead
 from difflayers.fixedpoint._iterations import Anderson, Picard
 from difflayers.fixedpoint._least_squares import LeastSquaresProblem
 from difflayers.fixedpoint._minimize import MinimizeProblem
 from difflayers.fixedpoint._monotone import MonotoneConvDEQ, MonotoneDEQ
+from difflayers.fixedpoint._multiscale import MultiscaleDEQ
 from difflayers.fixedpoint._newton import Newton
 from difflayers.fixedpoint._problem import FixedPointProblem
 from difflayers.fixedpoint._scipy import ScipyRoot
@@ -34,6 +37,7 @@ __all__ = [
     "LBFGS",
     "Anderson",
     "Broyden",
+    "ClassificationHead",
     "Dogleg",
     "Equilibrium",
     "FixedPointProblem",
@@ -43,12 +47,15 @@ __all__ = [
     "MinimizeProblem",
     "MonotoneConvDEQ",
     "MonotoneDEQ",
+    "MultiscaleDEQ",
     "Newton",
     "PeacemanRachford",
     "Picard",
     "ScipyLeastSquares",
     "ScipyMinimize",
     "ScipyRoot",
+    "SegmentationHead",
+    "TransformerCell",
     "fixed_point",
     "least_squares",
     "minimize",
