@@ -34,6 +34,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(bool|bytes|callable|dict|float|frozenset|int|list|object|set|slice|str|tuple|type|None|\.\.\.)"),
     (r"py:.*", r"(.*\.)?View"),  # what a DEQ keeps for itself on an Equilibrium
     (r"py:.*", r"(.*Error|.*Warning|Any|Callable|Iterator|Literal|Mapping|NDArray|Self|Sequence|Tensor|TypeVar)"),
+    (r"py:.*", r"(Axes|Figure)"),  # matplotlib's
 ]
 
 add_module_names = False
