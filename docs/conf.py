@@ -62,7 +62,7 @@ html_copy_source = False
 html_sidebars = {"index": [], "gradients": [], "extending": [], "design": [], "benchmarks": [], "changelog": []}
 html_theme_options: dict[str, Any] = {
     "logo": {"text": "difflayers"},
-    "header_links_before_dropdown": 7,
+    "header_links_before_dropdown": 6,
     "show_prev_next": False,
     "show_toc_level": 2,
     "navbar_end": ["theme-switcher"],

@@ -193,16 +193,14 @@ def draw(axes: plt.Axes, found: dict[str, list[Point]], cost: str) -> None:
         size = 11 if marker == "*" else 8 if marker == "D" else 5
         costs, errors = [getattr(p, cost) for p in points], [p.error for p in points]
         axes.plot(costs, errors, color=color, marker=marker, linestyle=line, markersize=size, label=name)
-    axes.set(xscale="log", yscale="log", ylim=(1e-12, 3))
+    axes.set(xscale="log", yscale="log", ylim=(1e-13, 3))
     axes.grid(color=TEXT, alpha=0.2, linewidth=0.8)
 
 
-figure, grid = plt.subplots(2, 2, figsize=(9, 8.6), sharey=True, sharex="row", layout="constrained")
+figure, grid = plt.subplots(2, 2, figsize=(7.6, 8), sharey=True, sharex="row", layout="constrained")
 for column, (wanted, found) in enumerate(measured.items()):
     grid[0, column].set_title(f"spectral radius {wanted}")
-    for row, (cost, label) in enumerate(
-        (("vjps", "vector-Jacobian products"), ("milliseconds", "backward, CPU ms"))
-    ):
+    for row, (cost, label) in enumerate((("vjps", "vector-Jacobian products"), ("milliseconds", "backward, CPU ms"))):
         draw(grid[row, column], found, cost)
         grid[row, column].set_xlabel(label)
         grid[row, 0].set_ylabel("relative error of the gradient")
@@ -217,8 +215,8 @@ plt.show()
 # - Near a radius of one, plain summation needs hundreds of products where Krylov methods need tens.
 # - What Newton's method leaves behind, a factorization one step before the answer, is nearly the inverse: one or two
 #   products do. It was paid for on the way forward, with 128 products a step. What Broyden's method learnt
-#   comes for free. It saves a third of the products at 0.8 and a sixth at 0.98, but using it costs time too: with a
-#   cell as cheap as this one the two are about even.
+#   comes for free. It saves a third of the products at 0.8 and a sixth at 0.98, but using it costs time too, and with
+#   a cell as cheap as this one nothing is left of the gain.
 # - A Neumann series that is cut is ``Picard`` without the test whether it has converged. Its error falls like the
 #   spectral radius to the power ``k + 1``: at 0.98, five terms leave more than a third of the gradient wrong, and
 #   ``Identity`` leaves most of it wrong. Networks do train with them, but what they follow is no gradient.

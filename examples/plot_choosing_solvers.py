@@ -212,7 +212,7 @@ plt.rcParams.update(
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
     }
 )
-figure, grid = plt.subplots(2, 2, figsize=(9, 8.2), layout="constrained")
+figure, grid = plt.subplots(2, 2, figsize=(7.6, 7.6), layout="constrained")
 for axes, (title, found) in zip(grid.flat, recorded.items(), strict=False):
     for name, (recorder, solution) in found.items():
         color, line = STYLES[name]
