@@ -6,6 +6,7 @@ import argparse
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
+from io import StringIO
 
 import torch
 from rich import box
@@ -68,8 +69,10 @@ class Report:
             table.add_row(*row)
         if self.markdown:
             # Wide enough for every cell: a wrapped one would break the table.
-            self.console.print(f"\n### {title}\n", soft_wrap=True)
-            Console(width=400, highlight=False).print(table)
+            console = Console(width=400, highlight=False, file=StringIO())
+            console.print(table)
+            lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+            self.note(f"\n### {title}\n\n" + "\n".join(filter(None, lines)))
         else:
             self.console.print(table)
 
