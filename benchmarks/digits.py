@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import os
-import time
 from statistics import fmean
 
 from _report import Goal, Report
 
+# What was asked: a mean of test accuracies, and CPU time for each of them.
 ACCURACY, SECONDS = 0.985, 20.0
 
 
-def train(seed: int, *, quick: bool) -> tuple[float, float]:
+def accuracy(seed: int, *, quick: bool) -> tuple[float, float]:
     """Test accuracy of the equilibrium model, and the CPU seconds of its training."""
-    os.environ["TQDM_DISABLE"] = "1"
-    from difflayers.demo import _model, _run
+    from difflayers.demo._run import FULL, QUICK, digits_accuracy
 
-    data = _model.digits(seed, "cpu")
-    start = time.process_time()
-    result, _ = _run.train("DEQ", data, _run.QUICK if quick else _run.FULL, seed, equilibrium=True)
-    return result.accuracy, time.process_time() - start
+    return digits_accuracy(seed, QUICK if quick else FULL)
 
 
 def run(report: Report) -> None:
     """The table of seeds, and the goal."""
-    runs = [train(seed, quick=report.quick) for seed in range(2 if report.quick else 5)]
-    rows = [(str(seed), f"{accuracy:.2%}", f"{seconds:.1f} s") for seed, (accuracy, seconds) in enumerate(runs)]
-    mean, longest = fmean(accuracy for accuracy, _ in runs), max(seconds for _, seconds in runs)
+    runs = [accuracy(seed, quick=report.quick) for seed in range(2 if report.quick else 5)]
+    rows = [(str(seed), f"{share:.2%}", f"{seconds:.1f} s") for seed, (share, seconds) in enumerate(runs)]
+    mean, longest = fmean(share for share, _ in runs), max(seconds for _, seconds in runs)
     report.table("Digits DEQ", "seed|test accuracy|CPU time", [*rows, ("mean", f"{mean:.2%}", "")])
     asked = f"≥ {ACCURACY:.1%} in ≤ {SECONDS:g} s"
     reached = f"{mean:.2%} in ≤ {longest:.1f} s"

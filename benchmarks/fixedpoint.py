@@ -107,7 +107,9 @@ def _timing(report: Report, name: str, asked: float, float32: float | None = Non
     methods = {**EXACT, **torchdeq_exact()}
     if small and not report.quick:
         methods |= {**APPROXIMATE, **torchdeq_approximate()}
-    comparison = compare(case, methods, gradient, 2 if report.quick else 20 if small else 3)
+    comparison = compare(
+        case, methods, gradient, 20 if small and not report.quick else 5 if small else 3 - report.quick
+    )
     _report_times(report, comparison)
     (_, peer), (name, ours) = comparison.best(torchdeq_exact()), comparison.best(EXACT)
     ratio, default = peer.total / ours.total, peer.total / comparison.results[DEFAULT].total
