@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from difflayers._arrays import widen
 from difflayers.errors import ProblemError
@@ -27,8 +27,8 @@ class ClassificationHead(nn.Module):
     """Logits of an image, from all resolutions of a :class:`MultiscaleDEQ`.
 
     ``h₀ = z₀``, ``hᵢ = relu(zᵢ + downᵢ(hᵢ₋₁))`` with strided 3 × 3 convolutions, then ``relu`` of a 1 × 1 convolution
-    of the last one, its mean over the pixels, and a linear layer. The head of Bai, Koltun, Kolter 2020 ("Multiscale
-    Deep Equilibrium Models", NeurIPS) likewise gathers from fine to coarse.
+    of the last one, its means over the fields of a grid, and a linear layer. The head of Bai, Koltun, Kolter 2020
+    (NeurIPS, "Multiscale Deep Equilibrium Models") likewise gathers from fine to coarse.
 
     Input: the states ``(batch, channels[i], hᵢ, wᵢ)``; output ``(batch, classes)``. A sample whose states are NaN gives
     NaN, and no gradient.
@@ -36,7 +36,9 @@ class ClassificationHead(nn.Module):
     Args:
         channels: of every resolution, those of the :class:`MultiscaleDEQ`.
         classes: how many logits.
-        features: size of what the linear layer sees.
+        features: how many of them every field of the grid has.
+        grid: fields of the grid that is laid over an image, per side. 1 forgets where something was; the more, the
+            faster classes are learnt that this tells apart, such as centered digits.
 
     >>> import torch
     >>> from difflayers.fixedpoint import ClassificationHead, MultiscaleDEQ
@@ -45,12 +47,14 @@ class ClassificationHead(nn.Module):
     torch.Size([2, 10])
     """
 
-    def __init__(self, channels: Sequence[int], classes: int, *, features: int = 64) -> None:
+    def __init__(self, channels: Sequence[int], classes: int, *, features: int = 64, grid: int = 2) -> None:
         super().__init__()
-        self.channels = _checked(channels)
+        self.channels, self.grid = _checked(channels), grid
         steps = zip(self.channels, self.channels[1:], strict=False)
         self.down = nn.ModuleList(nn.Conv2d(c, wider, 3, 2, 1) for c, wider in steps)
-        self.last, self.linear = nn.Conv2d(self.channels[-1], features, 1), nn.Linear(features, classes)
+        self.last, self.linear = nn.Conv2d(self.channels[-1], features, 1), nn.Linear(features * grid**2, classes)
+        for conv in (*self.down, self.last):
+            nn.init.kaiming_normal_(cast(Tensor, conv.weight), nonlinearity="relu")
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         """The logits, ``(batch, classes)``."""
@@ -60,7 +64,8 @@ class ClassificationHead(nn.Module):
     def _logits(self, h: Tensor, *coarser: Tensor) -> Tensor:
         for down, z in zip(self.down, coarser, strict=True):
             h = torch.relu(z + down(h))
-        return self.linear(torch.relu(self.last(h)).mean((-2, -1)))  # type: ignore[no-any-return]
+        fields = adaptive_avg_pool2d(torch.relu(self.last(h)), self.grid)
+        return self.linear(fields.flatten(1))  # type: ignore[no-any-return]
 
 
 class SegmentationHead(nn.Module):

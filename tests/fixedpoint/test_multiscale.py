@@ -250,6 +250,28 @@ def test_heads_see_every_resolution():
     assert SegmentationHead(layer.channels, 5)(states, size=(18, 14)).shape == (2, 5, 18, 14)
 
 
+def test_per_sample_gradients_of_a_model_with_a_head():
+    for head in (ClassificationHead((4, 6), 3, features=4), SegmentationHead((4, 6), 3, features=4)):
+        model, x = nn.Sequential(small(), head), images(2, 2, 5, 4)
+        params = dict(model.named_parameters())
+
+        def loss(params, image, model=model):
+            return functional_call(model, params, (image[None],)).pow(2).sum()
+
+        per_sample = vmap(grad(loss), (None, 0))(params, x)
+        alone = torch.autograd.grad(model(x[:1]).pow(2).sum(), tuple(model.parameters()))
+        contracts.assert_close([g[0] for g in per_sample.values()], alone)
+
+
+def test_a_grid_tells_where_something_is():
+    state = torch.zeros(1, 4, 6, 6)
+    state[..., :3, :3] = 1.0
+    for grid in (1, 2):
+        head = ClassificationHead((4,), 3, grid=grid)
+        moved = float((head((state.flip((-2, -1)),)) - head((state,))).detach().abs().max())
+        assert moved < 1e-12 if grid == 1 else moved > 1e-3
+
+
 def test_a_constant_segmentation_stays_one_at_any_size():
     head = SegmentationHead((4, 4), 2)
     logits = head((torch.ones(1, 4, 5, 3), torch.ones(1, 4, 3, 2)), size=(11, 6))
