@@ -378,7 +378,8 @@ class _Linearized(Problem):
     def bind(self, *params: Any) -> Residual:
         offset, z, *rest = params
         operator = self.base.jacobian(self.residual or self.base.bind(*rest), z)
-        operator.inverse = self.inverse
+        if self.inverse is not None:
+            operator.inverse = self.inverse
         return _Affine(operator.transpose if self.transpose else operator, offset, self)
 
     def jacobian(self, residual: Residual, z: Tensor) -> linear.LinearOperator:
@@ -417,7 +418,7 @@ def _closes_over(problem: Problem, params: Sequence[Tensor], init: Tensor) -> tu
     Raises:
         ProblemError: in forward mode or under a ``torch.func`` transform, where such a tensor can't be reached.
     """
-    if not torch.is_grad_enabled() or init.numel() == 0:
+    if not torch.is_grad_enabled() or init.numel() == 0 or problem.closed:
         return None, None
     names = closure_names(getattr(problem, "function", None))
     output = problem.bind(*[p.detach() for p in params])(init)

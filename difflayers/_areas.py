@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError, UnknownNameError
 
-AREAS = ("fixedpoint",)
+AREAS = ("fixedpoint", "qp")
 
 
 def available_solvers(area: str) -> dict[str, type[Solver]]:

@@ -17,7 +17,7 @@ from difflayers._autodiff import Pullback, in_functorch, pull
 from difflayers.errors import ProblemError
 from difflayers.linear import JacobianOperator, LinearOperator, Property
 
-Form = Literal["root", "fixed_point", "minimize", "least_squares"]
+Form = Literal["root", "fixed_point", "minimize", "least_squares", "qp"]
 
 
 class Residual:
@@ -114,6 +114,7 @@ class Problem(ABC):
     advice: ClassVar[str] = "Newton() or CallableSolver(...)"
     residual_type: ClassVar[type[Residual]] = Residual  # made from raw functions: those of a packed or vmapped unknown
     precision: torch.dtype | None = None  # what the residual is evaluated in, if not in the dtype of the unknown
+    closed: ClassVar[bool] = False  # whether the residual depends on nothing but its parameters, as far as gradients go
     points: int = 0  # how many leading params are points (*batch, *event) like z, so that vmap must batch them with it
 
     @abstractmethod

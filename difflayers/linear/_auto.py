@@ -16,7 +16,7 @@ from difflayers.linear._operator import LinearOperator
 
 @dataclass(frozen=True)
 class Auto(LinearSolver):
-    """LU for small systems, Krylov solvers for large ones.
+    """LU for small systems, Krylov solvers for large ones; what an operator says knows its structure comes first.
 
     LU up to ``dense_size`` unknowns per sample; above, conjugate gradients for positive definite Jacobians, conjugate
     residuals (GCR) for fixed points, and GMRES otherwise, with LU for what they leave unsolved if the matrices have at
@@ -34,6 +34,8 @@ class Auto(LinearSolver):
 
     def choose(self, operator: LinearOperator) -> LinearSolver:
         """The solver that serves this operator first."""
+        if operator.solver is not None:
+            return operator.solver
         if operator.inverse is not None:
             return GCR(rtol=self.rtol)
         if operator.size <= self.dense_size:

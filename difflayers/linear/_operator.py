@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from difflayers._autodiff import Pullback, pull, push
 from difflayers.errors import ProblemError
+
+if TYPE_CHECKING:
+    from difflayers.linear._base import LinearSolver
 
 Property = Literal["fixed_point", "contractive", "symmetric", "positive_definite"]
 """What is known of a Jacobian. ``fixed_point``: it is ``A - I`` for the derivative ``A`` of a map; ``contractive``:
@@ -26,12 +29,14 @@ class LinearOperator(ABC):
         batch_dims: how many leading dimensions index independent samples.
         properties: what is known of the map.
         inverse: roughly its inverse, such as what a quasi-Newton solver learnt on its way, or None.
+        solver: the linear solver that knows its structure, or None.
     """
 
     like: Tensor
     batch_dims: int
     properties: frozenset[Property]
     inverse: LinearOperator | None = None
+    solver: LinearSolver | None = None
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
@@ -126,6 +131,7 @@ class _Transpose(LinearOperator):
         self.base, self.like = base, base.like
         self.batch_dims, self.properties = base.batch_dims, base.properties
         self.inverse = None if base.inverse is None else base.inverse.transpose
+        self.solver = base.solver
 
     def apply(self, x: Tensor) -> Tensor:
         return self.base.apply_transpose(x)

@@ -1,0 +1,163 @@
+"""Functions: state the problem, get the solution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difflayers._adjoint import Adjoint, ImplicitAdjoint
+from difflayers._areas import available_solvers, resolve
+from difflayers._arrays import to_tensors, uses_numpy
+from difflayers._autodiff import in_functorch, without_autocast
+from difflayers._solution import OnFailure, Solution, to_numpy
+from difflayers._solver import Solver
+from difflayers.qp._checks import batch_shape, check_blocks, check_objective
+from difflayers.qp._data import MATRICES, NAMES, Data
+from difflayers.qp._problem import QPProblem
+
+
+@dataclass(frozen=True)
+class QPSolution(Solution):
+    """The answer of a QP. ``value`` is ``x``; what has no answer is NaN.
+
+    Attributes:
+        y: multipliers of ``Ax = b``, ``(*batch, p)``.
+        z: multipliers of ``Gx ≤ h``, ``(*batch, m)``, not negative.
+        z_box: multipliers of the bounds, ``(*batch, n)``: positive at upper, negative at lower ones. At the solution
+            ``Px + q + Gᵀz + Aᵀy + z_box = 0``.
+        solver: which solver it was.
+        point: the unknown of :class:`QPProblem`, ``(samples, ...)``, off the graph: what warm starts start from.
+    """
+
+    y: Any = None
+    z: Any = None
+    z_box: Any = None
+    solver: Solver | None = None
+    point: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def x(self) -> Any:
+        """The minimizer, ``(*batch, n)``."""
+        return self.value
+
+    def numpy(self) -> QPSolution:
+        """The same with NumPy arrays, detached, on the CPU."""
+        plain = super().numpy()
+        return replace(plain, **{name: to_numpy(getattr(self, name)) for name in ("y", "z", "z_box")})  # type: ignore[return-value]
+
+
+def solve_qp(
+    P: Any,
+    q: Any,
+    G: Any = None,
+    h: Any = None,
+    A: Any = None,
+    b: Any = None,
+    lb: Any = None,
+    ub: Any = None,
+    *,
+    solver: str | Solver = "auto",
+    adjoint: Adjoint | None = None,
+    init: Any = None,
+    on_failure: OnFailure = "raise",
+) -> QPSolution:
+    """Minimize ``½xᵀPx + qᵀx`` subject to ``Gx ≤ h``, ``Ax = b``, ``lb ≤ x ≤ ub``; differentiable in all of them.
+
+    All leading dimensions are batch, and broadcast: a block without them is shared by all samples, and its gradient is
+    summed over them. Any block but ``q`` may be None.
+
+    Args:
+        P: symmetric positive semidefinite, ``(*batch, n, n)``; None for a linear program.
+        q: ``(*batch, n)``.
+        G: ``(*batch, m, n)``.
+        h: ``(*batch, m)``.
+        A: ``(*batch, p, n)``.
+        b: ``(*batch, p)``.
+        lb: ``(*batch, n)``, ``-inf`` where there is no bound.
+        ub: ``(*batch, n)``, ``inf`` where there is no bound.
+        solver: a solver object, or the name of one with its defaults; ``"auto"`` chooses, and ``solution.solver`` says
+            which.
+        adjoint: the derivative rule; None is :class:`~difflayers.ImplicitAdjoint`.
+        init: an earlier solution of a similar problem, whose active set is the first guess, or a point ``x``.
+        on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``.
+
+    Raises:
+        ProblemError: shapes or dtypes don't fit, or ``P`` isn't symmetric or positive semidefinite.
+        SolverError: a sample failed and ``on_failure`` is ``"raise"``.
+
+    >>> import torch
+    >>> from difflayers.qp import solve_qp
+    >>> q = torch.tensor([-2.0, -6.0], dtype=torch.float64, requires_grad=True)
+    >>> P = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)
+    >>> G, h = torch.tensor([[1.0, 1.0], [-1.0, 2.0]], dtype=torch.float64), torch.tensor([2.0, 2.0], dtype=torch.float64)
+    >>> solution = solve_qp(P, q, G, h, lb=torch.zeros(2, dtype=torch.float64))
+    >>> solution.x.detach().numpy().round(4)
+    array([0.6667, 1.3333])
+    >>> solution.x[0].backward()
+    """
+    blocks = dict(zip(NAMES, (P, q, G, h, A, b, lb, ub), strict=True))
+    numpy = uses_numpy(list(blocks.values()), list(blocks.values()))
+    like = next((block for block in blocks.values() if isinstance(block, Tensor)), None)
+    blocks = {name: to_tensors(block, like) for name, block in blocks.items()}
+    check_blocks(blocks)
+    given = {name: block for name, block in blocks.items() if block is not None}
+    batch = batch_shape(given)
+    flat = {name: _flattened(block, batch, 2 if name in MATRICES else 1) for name, block in given.items()}
+    solution = _solved(flat, batch.numel(), solver, adjoint, init, on_failure)
+    shaped = _reshaped(solution, batch)
+    return shaped.numpy() if numpy else shaped
+
+
+def _solved(
+    blocks: dict[str, Tensor],
+    samples: int,
+    solver: str | Solver,
+    adjoint: Adjoint | None,
+    init: Any,
+    on_failure: OnFailure,
+) -> QPSolution:
+    """For one batch dimension."""
+    data = Data(**{name: None for name in NAMES} | blocks)
+    known = None
+    if not in_functorch():
+        known = data.map(lambda block: block.detach().double())
+        check_objective(known)
+    chosen = resolve(solver, available_solvers("qp"))
+    start = _start(data, samples, init)
+    problem = QPProblem(tuple(blocks), warm=init is not None, known=known)
+    if reason := chosen.supports(problem) or (adjoint or ImplicitAdjoint()).supports(problem, chosen):
+        raise TypeError(f"{chosen!r} can't serve here: {reason}")
+    with without_autocast(start.device):
+        found = (adjoint or ImplicitAdjoint()).apply(problem, chosen, tuple(blocks.values()), start, on_failure)
+    x, y, v, low, high = data.layout.split(found.value)
+    box = torch.zeros_like(x)
+    box = box if data.lb is None else box - torch.relu(low)
+    box = box if data.ub is None else box + torch.relu(high)
+    return QPSolution(x, found.status, found.stats, None, y, torch.relu(v), box, chosen, found.value.detach())
+
+
+def _start(data: Data, samples: int, init: Any) -> Tensor:
+    size = sum(data.layout.sizes)
+    if init is None:
+        return data.q.new_zeros(samples, size)
+    if isinstance(init, QPSolution):
+        return init.point.to(data.q)
+    raise NotImplementedError
+
+
+def _flattened(block: Tensor, batch: torch.Size, event: int) -> Tensor:
+    shape = block.shape[block.dim() - event :]
+    if block.dim() == event:
+        return block
+    return block.expand(*batch, *shape).reshape(batch.numel(), *shape)
+
+
+def _reshaped(solution: QPSolution, batch: torch.Size) -> QPSolution:
+    def shaped(tensor: Tensor) -> Tensor:
+        return tensor.reshape(*batch, *tensor.shape[1:])
+
+    parts = {name: shaped(getattr(solution, name)) for name in ("value", "status", "y", "z", "z_box")}
+    return replace(solution, stats={key: shaped(stat) for key, stat in solution.stats.items()}, **parts)

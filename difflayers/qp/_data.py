@@ -1,0 +1,190 @@
+"""The blocks of a quadratic program and the unknowns of its optimality conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NAMES = ("P", "q", "G", "h", "A", "b", "lb", "ub")
+MATRICES = frozenset({"P", "G", "A"})
+# A pivot below this share of its diagonal says that a row depends on the others, or that there is no curvature.
+DEPENDENT = 1e-12
+
+
+class Point(NamedTuple):
+    """The unknowns of a QP: ``x``, then one number per row of ``A``, of ``G``, per lower and per upper bound."""
+
+    x: Tensor
+    y: Tensor
+    v: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many unknowns of each kind there are."""
+
+    n: int
+    p: int = 0
+    m: int = 0
+    low: int = 0
+    high: int = 0
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        return self.n, self.p, self.m, self.low, self.high
+
+    @property
+    def inequalities(self) -> int:
+        """Rows of ``G`` and bounds."""
+        return self.m + self.low + self.high
+
+    def split(self, packed: Tensor) -> Point:
+        """The parts of ``(*batch, n + p + m + low + high)``."""
+        return Point(*packed.split(self.sizes, dim=-1))
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The blocks of a QP, None where there is none; ``(*batch, ...)``, or without a batch where all samples share it."""
+
+    P: Tensor | None
+    q: Tensor
+    G: Tensor | None = None
+    h: Tensor | None = None
+    A: Tensor | None = None
+    b: Tensor | None = None
+    lb: Tensor | None = None
+    ub: Tensor | None = None
+
+    @property
+    def blocks(self) -> tuple[Tensor | None, ...]:
+        """In the order of :data:`NAMES`."""
+        return tuple(getattr(self, name) for name in NAMES)
+
+    @cached_property
+    def curvature(self) -> tuple[Tensor, Tensor] | None:
+        """The Cholesky factor of ``P``, and which samples' is definite by more than rounding; None without ``P``."""
+        return None if self.P is None else cholesky(self.P)
+
+    @property
+    def layout(self) -> Layout:
+        n = self.q.shape[-1]
+        rows = [0 if block is None else block.shape[-1] for block in (self.b, self.h, self.lb, self.ub)]
+        return Layout(n, *rows)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Data:
+        return Data(*[None if block is None else fn(block) for block in self.blocks])  # type: ignore[arg-type]
+
+    def flattened(self, batch: torch.Size) -> Data:
+        """The batch dimensions as one; what is shared stays shared."""
+        if len(batch) == 1:
+            return self
+        flat = []
+        for name, block in zip(NAMES, self.blocks, strict=True):
+            event = 2 if name in MATRICES else 1
+            if block is not None and block.dim() > event:
+                shape = block.shape[block.dim() - event :]
+                block = block.expand(*batch, *shape).reshape(batch.numel(), *shape)
+            flat.append(block)
+        return Data(*flat)  # type: ignore[arg-type]
+
+    def products(self, x: Tensor) -> Tensor:
+        """``[G; -I; I] x`` for the inequalities that there are."""
+        parts = [] if self.G is None else [times(self.G, x)]
+        parts += [] if self.lb is None else [-x]
+        parts += [] if self.ub is None else [x]
+        return torch.cat(parts, dim=-1) if parts else x[..., :0]
+
+    def pulled(self, z: Tensor) -> Tensor:
+        """``[G; -I; I]ᵀ z``."""
+        layout = self.layout
+        v, low, high = z.split((layout.m, layout.low, layout.high), dim=-1)
+        total = z.new_zeros(*z.shape[:-1], layout.n) if self.G is None else transposed(self.G, v)
+        total = total if self.lb is None else total - low
+        return total if self.ub is None else total + high
+
+    @property
+    def limits(self) -> Tensor:
+        """The right-hand sides of :meth:`products`, infinite where there is no bound."""
+        parts = [] if self.h is None else [self.h]
+        parts += [] if self.lb is None else [-self.lb]
+        parts += [] if self.ub is None else [self.ub]
+        shape = torch.broadcast_shapes(self.q.shape[:-1], *[part.shape[:-1] for part in parts])
+        parts = [part.expand(*shape, -1) for part in parts]
+        return torch.cat(parts, dim=-1) if parts else self.q.new_zeros(*shape, 0)
+
+    def rows(self, samples: Tensor) -> Data:
+        """The data of some samples, by mask or index; what is shared stays shared."""
+        picked = [
+            block if block is None or block.dim() == (2 if name in MATRICES else 1) else block[samples]
+            for name, block in zip(NAMES, self.blocks, strict=True)
+        ]
+        data = Data(*picked)  # type: ignore[arg-type]
+        if "curvature" in self.__dict__ and self.P is not None and self.P.dim() > 2:
+            data.__dict__["curvature"] = tuple(part[samples] for part in self.curvature or ())
+        return data
+
+    def finite(self, samples: int) -> Tensor:
+        """Which samples have data that can be solved for, ``(samples,)``; bounds may be infinite on their own side."""
+        fine = torch.ones(samples, dtype=torch.bool, device=self.q.device)
+        for name, block in zip(NAMES, self.blocks, strict=True):
+            if block is not None:
+                entries = {"lb": block < torch.inf, "ub": block > -torch.inf}.get(name, block.isfinite())
+                fine = fine & (entries.flatten(-2) if name in MATRICES else entries).all(-1)
+        return fine
+
+    def consistent(self, samples: int) -> Tensor:
+        """Which samples have no lower bound above its upper one."""
+        if self.lb is None or self.ub is None:
+            return torch.ones(samples, dtype=torch.bool, device=self.q.device)
+        return (self.lb <= self.ub).all(-1).expand(samples)
+
+    def violation(self, x: Tensor, y: Tensor, z: Tensor, slack: Tensor) -> Tensor:
+        """The largest violation of a condition, ``(samples,)``: stationarity, feasibility, complementarity, signs."""
+        gradient = times(self.P, x) + self.q + self.pulled(z)
+        if self.A is not None:
+            gradient = gradient + transposed(self.A, y)
+        parts = [gradient.abs()]
+        if self.A is not None and self.b is not None:
+            parts.append((times(self.A, x) - self.b).abs())
+        # min(z, slack) = 0 says all three of an inequality.
+        parts.append(torch.minimum(z, slack).abs())
+        return torch.cat(parts, dim=-1).amax(-1)
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The largest finite entry of ``q``, ``b`` and ``h``, ``(samples,)`` or shared."""
+        sizes = [b.abs().amax(-1) for b in (self.q, self.b, self.h) if b is not None and b.shape[-1]]
+        total = sizes[0]
+        for size in sizes[1:]:
+            total = torch.maximum(total, size)
+        return total
+
+
+def times(matrix: Tensor | None, x: Tensor) -> Tensor:
+    """``M x`` for every sample; ``M`` is ``(*batch, k, n)`` or ``(k, n)``, zero if None."""
+    if matrix is None:
+        return torch.zeros_like(x)
+    if matrix.dim() == 2:
+        return x @ matrix.mT
+    # (1, n) times (n, k), not (k, n) times (n, 1): several times faster in batched BLAS.
+    return (x.unsqueeze(-2) @ matrix.mT).squeeze(-2)
+
+
+def transposed(matrix: Tensor, y: Tensor) -> Tensor:
+    """``Mᵀ y`` for every sample."""
+    return y @ matrix if matrix.dim() == 2 else (y.unsqueeze(-2) @ matrix).squeeze(-2)
+
+
+def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor, and whether each matrix is definite by more than rounding."""
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    pivots, diagonal = (m.diagonal(dim1=-2, dim2=-1) for m in (lower, matrix))
+    return lower, (info == 0) & (pivots.square() > DEPENDENT * diagonal).all(-1)

@@ -1,0 +1,141 @@
+"""Backends that solve one sample at a time on the host: the loop over samples, in threads, and its arrays."""
+
+from __future__ import annotations
+
+import importlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from difflayers._solution import Status
+from difflayers.errors import MissingBackendError
+from difflayers.qp._data import NAMES, Data, Layout
+from difflayers.qp._solver import Answers, QPSolver
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Samples:
+    """The blocks of every sample as float64 arrays: ``samples.P[i]``, None where there is none."""
+
+    P: Sequence[Array] | None
+    q: Sequence[Array]
+    G: Sequence[Array] | None
+    h: Sequence[Array] | None
+    A: Sequence[Array] | None
+    b: Sequence[Array] | None
+    lb: Sequence[Array] | None
+    ub: Sequence[Array] | None
+
+    def __init__(self, data: Data, count: int) -> None:
+        self.layout, self.count = data.layout, count
+        self._data = data
+        for name, block in zip(NAMES, data.blocks, strict=True):
+            setattr(self, name, None if block is None else _listed(block, count, 2 if name in "PGA" else 1))
+
+    def two_sided(self) -> tuple[Sequence[Array], Sequence[Array], Sequence[Array]]:
+        """``[A; G]``, and what its rows are between, with bounds on ``x`` first where there are any."""
+        data, layout = self._data, self.layout
+        free = data.q.new_full((layout.n,), torch.inf)
+        bounded = layout.low or layout.high
+        none = data.q.new_empty(0)
+        low = (-free if data.lb is None else data.lb) if bounded else none
+        high = (free if data.ub is None else data.ub) if bounded else none
+        b = none if data.b is None else data.b
+        h = none if data.h is None else data.h
+        matrices = [block for block in (data.A, data.G) if block is not None]
+        matrix = _joined(matrices, dim=-2) if matrices else data.q.new_zeros(0, layout.n)
+        lower = _joined([low, b, torch.full_like(h, -torch.inf)], dim=-1)
+        upper = _joined([high, b, h], dim=-1)
+        return _listed(matrix, self.count, 2), _listed(lower, self.count, 1), _listed(upper, self.count, 1)
+
+
+@dataclass
+class Results:
+    """Where the loop leaves what it found: multipliers ``y``, and ``z`` of ``[G; -I; I]``."""
+
+    layout: Layout
+    x: Array
+    y: Array
+    z: Array
+    status: Array
+    steps: Array
+
+    @classmethod
+    def empty(cls, layout: Layout, count: int) -> Results:
+        status = np.full(count, int(Status.BACKEND_ERROR))
+        sizes = layout.n, layout.p, layout.inequalities
+        return cls(layout, *[np.zeros((count, size)) for size in sizes], status, np.zeros(count, dtype=np.int64))
+
+    def set_signed(self, i: int, bounds: Array, rows: Array) -> None:
+        """Multipliers of one sample, positive where the upper side is active: of ``x``, and of ``[A; G]``."""
+        p, m, low = self.layout.p, self.layout.m, self.layout.low
+        self.y[i] = rows[:p]
+        np.maximum(rows[p:], 0, out=self.z[i, :m])
+        if low:
+            np.maximum(-bounds, 0, out=self.z[i, m : m + low])
+        if self.layout.high:
+            np.maximum(bounds, 0, out=self.z[i, m + low :])
+
+
+@dataclass(frozen=True)
+class HostQPSolver(QPSolver):
+    """A backend that solves one sample at a time, in threads where it releases Python's lock.
+
+    Args:
+        threads: how many; None is ``torch.get_num_threads()``.
+    """
+
+    threads: int | None = None
+    package: ClassVar[str]
+    extra: ClassVar[str] = "qp"
+    releases_gil: ClassVar[bool] = False
+
+    @abstractmethod
+    def solve_samples(self, samples: Samples, rows: range, results: Results) -> None:
+        """Solve the samples in ``rows`` and leave what was found in ``results``."""
+
+    @classmethod
+    def module(cls) -> ModuleType:
+        """The backend, imported when it is first needed.
+
+        Raises:
+            MissingBackendError: it isn't installed.
+        """
+        try:
+            return importlib.import_module(cls.package)
+        except ModuleNotFoundError as error:
+            raise MissingBackendError(cls.package, cls.extra) from error
+
+    def answers(self, data: Data, count: int) -> Answers:
+        samples, results = Samples(data, count), Results.empty(data.layout, count)
+        threads = min(self.threads or torch.get_num_threads(), count) if self.releases_gil else 1
+        self.module()
+        if threads == 1:
+            self.solve_samples(samples, range(count), results)
+        else:
+            # A few pieces for each thread: samples differ in how long they take.
+            size = -(-count // (4 * threads))
+            pieces = [range(start, min(start + size, count)) for start in range(0, count, size)]
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda rows: self.solve_samples(samples, rows, results), pieces))
+        arrays = (results.x, results.y, results.z, results.status, results.steps)
+        return Answers(*[torch.from_numpy(array).to(data.q.device) for array in arrays])
+
+
+def _listed(block: Tensor, count: int, event: int) -> Sequence[Array]:
+    array = np.ascontiguousarray(block.cpu().numpy())
+    return list(array) if array.ndim > event else [array] * count
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    event = -dim
+    batch = torch.broadcast_shapes(*[part.shape[: part.dim() - event] for part in parts])
+    return torch.cat([part.expand(*batch, *part.shape[part.dim() - event :]) for part in parts], dim=dim)

@@ -1,0 +1,119 @@
+"""The Jacobian of the optimality conditions, and its inverse by one factorization on the active set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from difflayers._solution import Status
+from difflayers.linear import Factor, LinearOperator, LinearSolution, LinearSolver
+from difflayers.qp._data import Data, Point, times, transposed
+from difflayers.qp._reduced import Reduced
+
+
+class OptimalityJacobian(LinearOperator):
+    """``∂F/∂w`` of :func:`~difflayers.qp._problem.optimality` at ``w``: a row is active where its ``v`` is positive.
+
+    With ``D`` the diagonal of active rows and ``C`` all inequalities it is ``[[P, Aᵀ, CᵀD], [A, 0, 0], [C, 0, D - I]]``.
+    """
+
+    def __init__(self, data: Data, point: Tensor, batch_dims: int) -> None:
+        self.like, self.batch_dims, self.properties = point, batch_dims, frozenset()
+        self.data, self.layout, self.solver = data, data.layout, ActiveSetSolve()
+        x, y, *multipliers = self.layout.split(point)
+        self._active = Point(x, y, *[(v > 0).to(point.dtype) for v in multipliers])
+        self._low = None if data.lb is None else data.lb.isfinite().to(point.dtype)
+        self._high = None if data.ub is None else data.ub.isfinite().to(point.dtype)
+
+    def apply(self, x: Tensor) -> Tensor:
+        d, on = self.layout.split(x), self._active
+        first, rows = times(self.data.P, d.x), []
+        if self.data.A is not None:
+            first = first + transposed(self.data.A, d.y)
+            rows.append(times(self.data.A, d.x))
+        if self.data.G is not None:
+            first = first + transposed(self.data.G, on.v * d.v)
+            rows.append(times(self.data.G, d.x) + (on.v - 1) * d.v)
+        if self._low is not None:
+            first = first - on.low * d.low
+            rows.append(-self._low * d.x + (on.low - 1) * d.low)
+        if self._high is not None:
+            first = first + on.high * d.high
+            rows.append(self._high * d.x + (on.high - 1) * d.high)
+        return torch.cat([first, *rows], dim=-1)
+
+    def apply_transpose(self, x: Tensor) -> Tensor:
+        u, on = self.layout.split(x), self._active
+        first, rows = times(self.data.P, u.x), []  # P is symmetric
+        if self.data.A is not None:
+            first = first + transposed(self.data.A, u.y)
+            rows.append(times(self.data.A, u.x))
+        if self.data.G is not None:
+            first = first + transposed(self.data.G, u.v)
+            rows.append(on.v * times(self.data.G, u.x) + (on.v - 1) * u.v)
+        if self._low is not None:
+            first = first - self._low * u.low
+            rows.append(-on.low * u.x + (on.low - 1) * u.low)
+        if self._high is not None:
+            first = first + self._high * u.high
+            rows.append(on.high * u.x + (on.high - 1) * u.high)
+        return torch.cat([first, *rows], dim=-1)
+
+    @cached_property
+    def inverse(self) -> LinearOperator:  # type: ignore[override]
+        """The inverse, factored on first use; least squares where there is none."""
+        data = self.data.flattened(self.like.shape[: self.batch_dims])
+        active = torch.cat(self._active[2:], dim=-1).reshape(self.samples, -1) > 0
+        return Inverse(Reduced(data, active), self.like, self.batch_dims)
+
+
+class Inverse(LinearOperator):
+    """The inverse of :class:`OptimalityJacobian`, from the factored system of the active rows."""
+
+    def __init__(self, reduced: Reduced, like: Tensor, batch_dims: int) -> None:
+        self.like, self.batch_dims, self.properties = like, batch_dims, frozenset()
+        self.reduced = reduced
+
+    def apply(self, x: Tensor) -> Tensor:
+        # Inactive rows: C x - v = r, once x is known.
+        first, equations, inequalities = self._parts(x)
+        dx, dy, dz = self.reduced.solve(first, equations, inequalities)
+        idle = self.reduced.products(dx) - inequalities
+        return self._packed(x, dx, dy, torch.where(self.reduced.active, dz, idle))
+
+    def apply_transpose(self, x: Tensor) -> Tensor:
+        # Inactive rows: -u = r, which the first block then knows.
+        first, equations, inequalities = self._parts(x)
+        idle = torch.where(self.reduced.active, 0, inequalities)
+        ux, uy, uz = self.reduced.solve(first + self.reduced.pulled(idle), equations, inequalities)
+        return self._packed(x, ux, uy, torch.where(self.reduced.active, uz, -idle))
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        layout = self.reduced.layout
+        rows = x.reshape(self.samples, -1).to(self.reduced.dtype)
+        return rows.split((layout.n, layout.p, layout.inequalities), dim=-1)
+
+    def _packed(self, like: Tensor, *parts: Tensor) -> Tensor:
+        return torch.cat(parts, dim=-1).to(like.dtype).reshape(like.shape)
+
+
+@dataclass(frozen=True)
+class ActiveSetSolve(LinearSolver):
+    """Solves with the factored inverse of an :class:`OptimalityJacobian`, refined once.
+
+    Where that is singular it gives the least-squares solution of least norm.
+    """
+
+    def factor(self, operator: LinearOperator) -> Factor:
+        return Factor(operator, operator.inverse)
+
+    def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
+        operator, inverse = (o.transpose if transpose else o for o in (factor.operator, factor.data))
+        x = inverse.apply(rhs)
+        rest = rhs - operator.apply(x)
+        x = x + inverse.apply(rest)
+        status = torch.where(x.isfinite().all(-1), int(Status.SUCCESS), int(Status.NONFINITE))
+        return LinearSolution(x, status.to(torch.int8), rest.norm(dim=-1), torch.ones_like(status))
