@@ -24,7 +24,7 @@ def demo(
     device: Annotated[str, typer.Option(help="Where to train, for example cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Where figures and metrics.json go.")] = Path("difflayers-demo"),
 ) -> None:
-    """Train a deep equilibrium model on handwritten digits, beside the same cell applied once."""
+    """Train a deep equilibrium model on handwritten digits, beside explicit networks of as many parameters."""
     results = _run.run(_run.QUICK if quick else _run.FULL, seed=seed, device=device)
     missed = _report.report(results, out, Console())
     raise typer.Exit(1 if missed else 0)

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, cast
 
-from difflayers.demo._run import Result, Results
+import torch
+
+from difflayers import plot
+from difflayers.demo._model import Kind
+from difflayers.demo._run import Result, Results, Test
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
     from rich.console import Console
 
-EQUILIBRIUM, ONCE = "#0072b2", "#d55e00"  # distinguishable without color vision (Wong 2011)
+# distinguishable without color vision (Wong 2011)
+COLORS: dict[Kind, str] = {"equilibrium": "#0072b2", "once": "#d55e00", "explicit": "#009e73"}
 
 
 def report(results: Results, out: Path, console: Console) -> list[str]:
     """Show and save everything; the thresholds that were missed."""
+    from rich import box
     from rich.table import Table
 
     out.mkdir(parents=True, exist_ok=True)
-    table = Table(
-        "model", "test accuracy", "iterations", "residual", "gradient error", "seconds", title="handwritten digits"
-    )
-    for result in (results.equilibrium, results.once):
+    columns = ("model", "parameters", "test\naccuracy", "iterations", "residual", "gradient\nerror", "seconds")
+    table = Table(*columns, title="handwritten digits", box=box.SIMPLE)
+    for result in results.models.values():
         table.add_row(*_cells(result))
     console.print(table)
     missed = results.missed()
@@ -35,56 +43,108 @@ def report(results: Results, out: Path, console: Console) -> list[str]:
 
 
 def _cells(result: Result) -> list[str]:
-    def show(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    return [
-        result.name,
-        f"{result.accuracy:.3f}",
-        show(result.iterations, ".1f"),
-        show(result.residual, ".1e"),
-        show(result.gradient_error, ".1e"),
-        f"{result.seconds:.1f}",
-    ]
+    test = result.test
+    solver = ("-", "-", "-")
+    if test is not None:
+        solver = (f"{test.iterations:.1f}", f"{test.residual:.1e}", f"{test.gradient_error:.1e}")
+    return [result.name, f"{result.parameters}", f"{result.accuracy:.1%}", *solver, f"{result.seconds:.1f}"]
 
 
 def metrics(results: Results) -> dict[str, Any]:
     """Everything that was measured, as plain data."""
-    keys = ("accuracy", "seconds", "iterations", "residual", "converged", "gradient_error", "losses")
-    return {
-        "seed": results.seed,
-        "missed": results.missed(),
-        "equilibrium": {key: getattr(results.equilibrium, key) for key in keys},
-        "applied_once": {key: getattr(results.once, key) for key in keys if getattr(results.once, key) is not None},
+    names: dict[Kind, str] = {"equilibrium": "equilibrium", "once": "applied_once", "explicit": "explicit"}
+    measured = {name: _measured(results.models[kind]) for kind, name in names.items()}
+    return {"seed": results.seed, "missed": results.missed(), **measured}
+
+
+def _measured(result: Result) -> dict[str, Any]:
+    keys = ("parameters", "accuracy", "seconds", "cpu_seconds", "losses")
+    plain = {key: getattr(result, key) for key in keys}
+    if result.test is None:
+        return plain
+    test = result.test
+    return plain | {
+        "iterations": test.iterations,
+        "residual": test.residual,
+        "converged": test.converged,
+        "gradient_error": test.gradient_error,
+        "accuracy_after_iterations": test.accuracies,
     }
 
 
 def figures(results: Results, out: Path) -> None:
-    """``training.png``: the loss of both. ``solver.png``: what the solver did meanwhile, and on the test set."""
+    """``training.png``: losses, and what is still misread. ``solver.png``: iterations in training and in the test."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for result, color in ((results.equilibrium, EQUILIBRIUM), (results.once, ONCE)):
-        axes.plot(result.losses, color=color, linewidth=1.4, label=result.name)
-    axes.set(xlabel="step", ylabel="training loss", yscale="log")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    deq = results.models["equilibrium"]
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    parts: Any = figure.subfigures(1, 2)
+    left, right = parts
+    _losses(results, left.subplots())
+    _misread(results, right)
     figure.savefig(out / "training.png", dpi=150)
 
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    forward = [record for record in results.equilibrium.log if record.role == "forward"]
-    adjoint = [record for record in results.equilibrium.log if record.role == "adjoint"]
-    left.plot([r.steps for r in forward], color=EQUILIBRIUM, label="forward")
-    left.plot([r.steps for r in adjoint], color=ONCE, label="adjoint")
-    left.set(xlabel="training step", ylabel="solver iterations, worst sample", ylim=(0, None))
-    left.legend(frameon=False)
-    middle.plot([r.residual for r in forward], color=EQUILIBRIUM)
-    middle.set(xlabel="training step", ylabel="residual norm, worst sample", yscale="log")
-    steps = results.equilibrium.steps
-    right.hist(steps, bins=range(min(steps), max(steps) + 2), color=EQUILIBRIUM, align="left")
-    right.set(xlabel="iterations to converge", ylabel="test samples")
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    figure = Figure(figsize=(11, 6.8), layout="constrained")
+    parts = figure.subfigures(2, 1)
+    above, below = parts
+    above.suptitle("training: every batch", fontsize="medium")
+    plot.training(deq.log, above)
+    below.suptitle("test: every image", fontsize="medium")
+    test = cast(Test, deq.test)
+    left, middle, right = below.subplots(1, 3)
+    plot.convergence(test.record, left, relative=True)
+    _iterations(test, middle)
+    _accuracies(results, right)
     figure.savefig(out / "solver.png", dpi=150)
+
+
+def _losses(results: Results, axes: Axes) -> None:
+    for kind, result in results.models.items():
+        axes.plot(result.losses, color=COLORS[kind], linewidth=0.6, alpha=0.3)
+        axes.plot(_smooth(result.losses), color=COLORS[kind], linewidth=1.6, label=result.name)
+    axes.set(xlabel="step", ylabel="training loss, distorted images", yscale="log")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _smooth(losses: list[float], window: int = 10) -> list[float]:
+    return [fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
+
+
+def _misread(results: Results, figure: SubFigure, shown: int = 12) -> None:
+    data, guesses = results.data, torch.tensor(results.models["equilibrium"].guesses)
+    labels = data.y_test.cpu()
+    wrong = (guesses != labels).nonzero().flatten().tolist()
+    figure.suptitle(
+        f"{len(wrong)} of {len(labels)} test images misread at equilibrium"
+        + (f", {shown} of them here" if len(wrong) > shown else ""),
+        fontsize="medium",
+    )
+    for axes, index in zip(figure.subplots(3, 4).flat, wrong[:shown] + [None] * shown, strict=False):
+        axes.set_axis_off()
+        if index is not None:
+            axes.imshow(data.x_test[index, 0].cpu().numpy(), cmap="gray_r")
+            axes.set_title(f"{labels[index]} read as {guesses[index]}", fontsize="small")
+
+
+def _iterations(test: Test, axes: Axes) -> None:
+    low, high = min(test.steps), max(test.steps)
+    axes.hist(test.steps, bins=[edge - 0.5 for edge in range(low, high + 2)], color=COLORS["equilibrium"])
+    axes.set(xlabel="iterations to converge", ylabel="test images")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _accuracies(results: Results, axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    deq = results.models["equilibrium"]
+    accuracies = cast(Test, deq.test).accuracies
+    axes.plot(range(1, len(accuracies) + 1), accuracies, ".-", color=COLORS["equilibrium"], label=deq.name)
+    for kind in ("once", "explicit"):
+        result = results.models[kind]
+        axes.axhline(result.accuracy, color=COLORS[kind], linestyle="--", linewidth=1.2, label=result.name)
+    axes.set(xlabel="applications of the cell", ylabel="test accuracy")
+    axes.yaxis.set_major_formatter("{x:.1%}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)

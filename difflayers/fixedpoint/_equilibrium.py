@@ -65,6 +65,7 @@ def recording(solver: Solver, at: Sequence[int]) -> tuple[IterativeSolver, dict[
 
     twin = copy.copy(solver)
     object.__setattr__(twin, "step", step)
+    object.__setattr__(twin, "divisible", False)  # so that every iterate has every sample
     return twin, iterates
 
 
