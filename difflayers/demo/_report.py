@@ -29,7 +29,7 @@ def report(results: Results, out: Path, console: Console) -> list[str]:
 
     out.mkdir(parents=True, exist_ok=True)
     columns = ("model", "parameters", "test\naccuracy", "iterations", "residual", "gradient\nerror", "seconds")
-    table = Table(*columns, title="handwritten digits", box=box.SIMPLE)
+    table = Table(*columns, title="handwritten digits", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for result in results.models.values():
         table.add_row(*_cells(result))
     console.print(table)
@@ -120,11 +120,12 @@ def _misread(results: Results, figure: SubFigure, shown: int = 12) -> None:
         + (f", {shown} of them here" if len(wrong) > shown else ""),
         fontsize="medium",
     )
-    for axes, index in zip(figure.subplots(3, 4).flat, wrong[:shown] + [None] * shown, strict=False):
+    grid = figure.subplots(max(1, -(-len(wrong[:shown]) // 4)), 4)
+    for axes in grid.flat:
         axes.set_axis_off()
-        if index is not None:
-            axes.imshow(data.x_test[index, 0].cpu().numpy(), cmap="gray_r")
-            axes.set_title(f"{labels[index]} read as {guesses[index]}", fontsize="small")
+    for axes, index in zip(grid.flat, wrong[:shown], strict=False):
+        axes.imshow(data.x_test[index, 0].cpu().numpy(), cmap="gray_r")
+        axes.set_title(f"{labels[index]} read as {guesses[index]}", fontsize="small")
 
 
 def _iterations(test: Test, axes: Axes) -> None:
