@@ -17,7 +17,8 @@ from difflayers.linear._operator import LinearOperator
 class LU(LinearSolver):
     """LU factorization with partial pivoting of every sample's Jacobian.
 
-    A sample is ``SINGULAR`` when its smallest pivot is below rounding of its largest one.
+    A sample is ``SINGULAR`` when its smallest pivot is below rounding of its largest one, and ``STALLED`` when its
+    residual is more than rounding: above ``10 √n eps (‖J‖ ‖x‖ + ‖b‖)`` (Higham 2002, section 9.3).
     """
 
     def factor(self, operator: LinearOperator) -> Factor:
@@ -30,7 +31,9 @@ class LU(LinearSolver):
         status = pivot_status(lu)
         x = torch.linalg.lu_solve(lu, pivots, flat.unsqueeze(-1).to(lu.dtype), adjoint=transpose).squeeze(-1)
         x = torch.where((status == Status.SUCCESS)[:, None], x, 0).to(rhs.dtype)
-        residual = _residual(matrix.mT if transpose else matrix, x, flat)
+        matrix = matrix.mT if transpose else matrix
+        residual = (_product(matrix, x) - flat).norm(dim=1)
+        status = _confirmed(status, residual, _rounding(matrix, x, flat))
         return shaped(operator, x, status, residual, torch.full_like(status, operator.size, dtype=torch.int64))
 
 
@@ -38,7 +41,8 @@ class LU(LinearSolver):
 class LeastSquares(LinearSolver):
     """The solution of least norm among those of least residual; singular systems are answered, not refused.
 
-    Singular values below ``rtol`` times the largest one count as zero (None: ``n`` times machine epsilon).
+    Singular values below ``rtol`` times the largest one count as zero (None: ``n`` times machine epsilon). A sample
+    whose residual ``r`` isn't the least one, by ``Jᵀ r``, is ``STALLED``.
     """
 
     rtol: float | None = None
@@ -47,17 +51,26 @@ class LeastSquares(LinearSolver):
         matrix = at_least_float32(operator.dense)
         finite = matrix.isfinite().all(-1).all(-1)
         # The SVD refuses a whole batch for one NaN in it.
-        inverse = torch.linalg.pinv(torch.where(finite[:, None, None], matrix, 0), rtol=self.rtol)
-        return Factor(operator, (inverse.to(operator.like.dtype), finite))
+        left, values, right = torch.linalg.svd(torch.where(finite[:, None, None], matrix, 0))
+        cut = self._cut(matrix) * values.amax(1, keepdim=True) if operator.size else values
+        # Not multiplied to one matrix, whose rounding would be that of its largest entry.
+        return Factor(operator, (left, torch.where(values > cut, 1 / values, 0), right.mT, finite))
 
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
-        inverse, finite = factor.data
+        left, inverse, right, finite = factor.data
         operator, matrix = factor.operator, factor.operator.dense
         flat = rhs.reshape(operator.samples, operator.size)
-        x = ((inverse.mT if transpose else inverse) @ flat.unsqueeze(-1)).squeeze(-1)
-        status = torch.where(finite & flat.isfinite().all(1), int(Status.SUCCESS), int(Status.NONFINITE))
-        residual = _residual(matrix.mT if transpose else matrix, x, flat)
-        return shaped(operator, x, status, residual, torch.full_like(status, operator.size))
+        if transpose:
+            matrix, left, right = matrix.mT, right, left
+        x = _product(right, inverse * _product(left.mT, flat.to(left.dtype))).to(rhs.dtype)
+        r = _product(matrix, x) - flat
+        allowed = _rounding(matrix, x, flat) + self._cut(matrix) * flat.norm(dim=1)
+        status = torch.where(finite, int(Status.SUCCESS), int(Status.NONFINITE))
+        status = _confirmed(status, _product(matrix.mT, r).norm(dim=1), allowed * matrix.norm(dim=(1, 2)))
+        return shaped(operator, x, status, r.norm(dim=1), torch.full_like(status, operator.size))
+
+    def _cut(self, matrix: Tensor) -> float:
+        return matrix.shape[-1] * torch.finfo(matrix.dtype).eps if self.rtol is None else self.rtol
 
 
 class FactoredInverse(LinearOperator):
@@ -107,6 +120,19 @@ def pivot_status(lu: Tensor) -> Tensor:
     return torch.where(pivots.isfinite().all(-1), status, int(Status.NONFINITE))
 
 
-def _residual(matrix: Tensor, x: Tensor, rhs: Tensor) -> Tensor:
-    norm: Tensor = ((matrix @ x.unsqueeze(-1)).squeeze(-1) - rhs).norm(dim=1)
-    return norm
+def _confirmed(status: Tensor, error: Tensor, allowed: Tensor) -> Tensor:
+    """The status, ``STALLED`` or ``NONFINITE`` where a success has an error that it mustn't have."""
+    judged = torch.where(error <= allowed, int(Status.SUCCESS), int(Status.STALLED))
+    judged = torch.where(error.isfinite(), judged, int(Status.NONFINITE))
+    return torch.where(status == Status.SUCCESS, judged, status)
+
+
+def _rounding(matrix: Tensor, x: Tensor, rhs: Tensor) -> Tensor:
+    """The residual of a backward stable answer, roughly and from above."""
+    eps = 10 * matrix.shape[-1] ** 0.5 * torch.finfo(x.dtype).eps
+    bound: Tensor = eps * (matrix.norm(dim=(1, 2)) * x.norm(dim=1) + rhs.norm(dim=1))
+    return bound
+
+
+def _product(matrix: Tensor, x: Tensor) -> Tensor:
+    return (matrix @ x.unsqueeze(-1)).squeeze(-1)

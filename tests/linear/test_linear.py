@@ -1,11 +1,14 @@
 """Every linear solver against torch.linalg, with masks, transposes, empty and singular systems."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difflayers import Status, linear
+from difflayers._arrays import default_tolerance
 
 GENERAL = [
     linear.LU(), linear.LeastSquares(), linear.GMRES(), linear.GMRES(restart=7), linear.GCR(), linear.GCR(memory=9),
@@ -182,3 +185,100 @@ def test_solves_while_gradients_are_on(solver):
     matrix, rhs = systems()
     solution = solve(solver, matrix.requires_grad_(), rhs)
     torch.testing.assert_close(solution.value, torch.linalg.solve(matrix, rhs), rtol=1e-8, atol=1e-9)
+
+
+class Counted(linear.MatrixOperator):
+    products_taken = 0
+
+    def apply(self, x):
+        self.products_taken += 1
+        return super().apply(x)
+
+
+def conditioned(condition, n=30, symmetric=True):
+    left, right = torch.linalg.qr(torch.randn(2, 3, n, n))[0]
+    values = torch.logspace(0, -math.log10(condition), n)
+    return left * values @ (left if symmetric else right).mT
+
+
+def residual_of(matrix, solution, rhs):
+    return ((matrix @ solution.value.unsqueeze(-1)).squeeze(-1) - rhs).norm(dim=1)
+
+
+KRYLOV = [linear.CG(), linear.GMRES(), linear.GCR(), linear.BiCGSTAB()]
+
+
+@pytest.mark.parametrize("solver", KRYLOV, ids=repr)
+@pytest.mark.parametrize("condition", [1e6, 1e10])
+def test_what_the_recursion_claims_is_confirmed(solver, condition):
+    matrix, rhs = conditioned(condition), torch.randn(3, 30)
+    solution = solve(solver, matrix, rhs, properties=("symmetric", "positive_definite"))
+    residual = residual_of(matrix, solution, rhs)
+    torch.testing.assert_close(solution.residual, residual, rtol=0.2, atol=0.0)
+    ok = solution.status == Status.SUCCESS
+    assert torch.equal(ok, solution.residual <= default_tolerance(torch.float64) * rhs.norm(dim=1))
+    assert ok.all() == (condition < 1e10)
+
+
+@pytest.mark.parametrize("solver", [linear.GMRES(), linear.GCR()], ids=repr)
+def test_a_right_hand_side_that_hides_the_norm_is_confirmed_too(solver):
+    matrix = conditioned(1e12)
+    rhs = torch.linalg.eigh(matrix)[1][..., 0]
+    solution = solve(solver, matrix, rhs)
+    residual = residual_of(matrix, solution, rhs)
+    torch.testing.assert_close(solution.residual, residual, rtol=0.2, atol=0.0)
+    assert solution.status.tolist() == [Status.STALLED] * 3
+    assert (residual > default_tolerance(torch.float64)).all()
+
+
+def test_refinement_reaches_a_tolerance_that_the_recursion_missed():
+    matrix, rhs = conditioned(1e6), torch.randn(3, 30)
+    taken, recursive = [], linear.CG(rtol=1e-10).iterate
+    tolerance = 1e-10 * rhs.norm(dim=1)
+
+    def sloppy(product, rhs, tolerance):  # stops short of what it says
+        taken.append(len(taken))
+        x, _, steps = recursive(product, rhs, tolerance if len(taken) > 1 else 1e4 * tolerance)
+        return x, 0 * tolerance, steps
+
+    operator = linear.MatrixOperator(matrix)
+    solution = linear.CG(rtol=1e-10).solve_by(sloppy, linear.Factor(operator), rhs, transpose=False)
+    assert solution.status.tolist() == [Status.SUCCESS] * 3
+    assert (residual_of(matrix, solution, rhs) <= tolerance).all()
+    assert len(taken) > 1
+
+
+@pytest.mark.parametrize("solver", [linear.CG(), linear.GMRES(), linear.GCR()], ids=repr)
+def test_well_conditioned_systems_pay_nothing_for_it(solver):
+    matrix, rhs = conditioned(50.0), torch.randn(3, 30)
+    operator = Counted(matrix, frozenset({"symmetric", "positive_definite"}))
+    solution = solver.solve(solver.factor(operator), rhs)
+    assert operator.products_taken == solution.steps.max()
+
+
+@pytest.mark.parametrize("solver", [linear.LU(), linear.LeastSquares()], ids=repr)
+def test_dense_solvers_claim_what_their_residual_confirms(solver):
+    matrix, rhs = conditioned(1e10, symmetric=False), torch.randn(3, 30)
+    good = solve(solver, matrix, rhs)
+    assert good.status.tolist() == [Status.SUCCESS] * 3
+    torch.testing.assert_close(good.residual, residual_of(matrix, good, rhs))
+    factor = solver.factor(linear.MatrixOperator(matrix))
+    elsewhere = linear.Factor(linear.MatrixOperator(conditioned(10.0)), factor.data)  # factors of another matrix
+    assert solver.solve(elsewhere, rhs).status.tolist() == [Status.STALLED] * 3
+    rhs[1, 0] = torch.nan
+    assert solve(solver, matrix, rhs).status.tolist() == [Status.SUCCESS, Status.NONFINITE, Status.SUCCESS]
+
+
+def test_least_squares_keep_small_right_hand_sides_exact():
+    matrix = conditioned(1e12)
+    rhs = torch.linalg.eigh(matrix)[1][..., -1]  # needs nothing of the inverse's large entries
+    solution = solve(linear.LeastSquares(), matrix, rhs)
+    assert solution.status.tolist() == [Status.SUCCESS] * 3
+    torch.testing.assert_close(solution.residual, torch.zeros(3), rtol=0, atol=1e-12)
+
+
+def test_least_squares_cut_where_they_are_told():
+    matrix, rhs = torch.diag_embed(torch.tensor([[1.0, 1e-3]])), torch.ones(1, 2)
+    solution = solve(linear.LeastSquares(rtol=1e-2), matrix, rhs)
+    torch.testing.assert_close(solution.value, torch.tensor([[1.0, 0.0]]))
+    assert solution.status.tolist() == [Status.SUCCESS]
