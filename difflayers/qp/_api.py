@@ -14,6 +14,7 @@ from difflayers._arrays import to_tensors, uses_numpy
 from difflayers._autodiff import in_functorch, without_autocast
 from difflayers._solution import OnFailure, Solution, to_numpy
 from difflayers._solver import Solver
+from difflayers.errors import ProblemError
 from difflayers.qp._checks import batch_shape, check_blocks, check_objective
 from difflayers.qp._data import MATRICES, NAMES, Data
 from difflayers.qp._problem import QPProblem
@@ -46,7 +47,8 @@ class QPSolution(Solution):
     def numpy(self) -> QPSolution:
         """The same with NumPy arrays, detached, on the CPU."""
         plain = super().numpy()
-        return replace(plain, **{name: to_numpy(getattr(self, name)) for name in ("y", "z", "z_box")})  # type: ignore[return-value]
+        fields = plain.value, plain.status, plain.stats
+        return QPSolution(*fields, None, *map(to_numpy, (self.y, self.z, self.z_box)), self.solver, self.point)
 
 
 def solve_qp(
@@ -92,7 +94,8 @@ def solve_qp(
     >>> from difflayers.qp import solve_qp
     >>> q = torch.tensor([-2.0, -6.0], dtype=torch.float64, requires_grad=True)
     >>> P = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)
-    >>> G, h = torch.tensor([[1.0, 1.0], [-1.0, 2.0]], dtype=torch.float64), torch.tensor([2.0, 2.0], dtype=torch.float64)
+    >>> G = torch.tensor([[1.0, 1.0], [-1.0, 2.0]], dtype=torch.float64)
+    >>> h = torch.tensor([2.0, 2.0], dtype=torch.float64)
     >>> solution = solve_qp(P, q, G, h, lb=torch.zeros(2, dtype=torch.float64))
     >>> solution.x.detach().numpy().round(4)
     array([0.6667, 1.3333])
@@ -120,7 +123,7 @@ def _solved(
     on_failure: OnFailure,
 ) -> QPSolution:
     """For one batch dimension."""
-    data = Data(**{name: None for name in NAMES} | blocks)
+    data = Data.of(blocks)
     known = None
     if not in_functorch():
         known = data.map(lambda block: block.detach().double())
@@ -140,12 +143,29 @@ def _solved(
 
 
 def _start(data: Data, samples: int, init: Any) -> Tensor:
+    """The unknown to start from: zeros, that of an earlier solution, or that of a point ``x``.
+
+    Raises:
+        ProblemError: ``init`` is neither, or of another size.
+    """
     size = sum(data.layout.sizes)
     if init is None:
         return data.q.new_zeros(samples, size)
-    if isinstance(init, QPSolution):
-        return init.point.to(data.q)
-    raise NotImplementedError
+    point = init.point if isinstance(init, QPSolution) else init
+    if isinstance(init, QPSolution) and point is not None and point.shape == (samples, size):
+        return point.to(data.q)
+    if isinstance(point, Tensor) and not isinstance(init, QPSolution) and point.shape[-1] == data.layout.n:
+        x = point.detach().to(data.q).expand(samples, -1)
+        near = data.map(torch.Tensor.detach)
+        slack = near.limits - near.products(x)
+        size_of_rows = 1 + torch.where(near.limits.isfinite(), near.limits, 0).abs()
+        v = torch.where(slack <= 1e-6 * size_of_rows, 1, -slack)
+        return torch.cat([x, x.new_zeros(samples, data.layout.p), v], dim=-1)
+    shape = tuple(point.shape) if isinstance(point, Tensor) else type(init).__name__
+    raise ProblemError(
+        f"init is {shape}, but must be a QPSolution of {samples} problems with {size} unknowns, or a point x with "
+        f"{data.layout.n} entries"
+    )
 
 
 def _flattened(block: Tensor, batch: torch.Size, event: int) -> Tensor:
@@ -157,7 +177,14 @@ def _flattened(block: Tensor, batch: torch.Size, event: int) -> Tensor:
 
 def _reshaped(solution: QPSolution, batch: torch.Size) -> QPSolution:
     def shaped(tensor: Tensor) -> Tensor:
-        return tensor.reshape(*batch, *tensor.shape[1:])
+        return tensor.reshape(batch + tensor.shape[1:])
 
-    parts = {name: shaped(getattr(solution, name)) for name in ("value", "status", "y", "z", "z_box")}
-    return replace(solution, stats={key: shaped(stat) for key, stat in solution.stats.items()}, **parts)
+    return replace(
+        solution,
+        value=shaped(solution.value),
+        status=shaped(solution.status),
+        stats={key: shaped(stat) for key, stat in solution.stats.items()},
+        y=shaped(solution.y),
+        z=shaped(solution.z),
+        z_box=shaped(solution.z_box),
+    )

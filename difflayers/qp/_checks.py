@@ -69,7 +69,7 @@ def batch_shape(blocks: Mapping[str, Tensor]) -> torch.Size:
     """
     shapes = {name: block.shape[: block.dim() - (2 if name in MATRICES else 1)] for name, block in blocks.items()}
     try:
-        return torch.broadcast_shapes(*shapes.values())
+        return torch.Size(torch.broadcast_shapes(*shapes.values()))
     except RuntimeError as error:
         listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
         raise ProblemError(f"the batch dimensions don't broadcast: {listed}") from error
@@ -86,8 +86,9 @@ def check_objective(data: Data) -> None:
         return
     skew, size = ((m.abs().amax((-2, -1))) for m in (P - P.mT, P))
     if bool((skew > 1e-8 * size).any()):
+        worst = float(skew.nan_to_num().max())
         raise ProblemError(
-            f"P isn't symmetric{_sample(skew > 1e-8 * size)}: it differs from its transpose by {float(skew.nan_to_num().max()):.1e}; "
+            f"P isn't symmetric{_sample(skew > 1e-8 * size)}: it differs from its transpose by {worst:.1e}; "
             "pass (P + P.mT) / 2, which has the same objective"
         )
     curvature = data.curvature

@@ -44,10 +44,10 @@ class DAQP(HostQPSolver):
         bounds = len(lower[0]) - layout.p - layout.m
         sense = np.zeros(len(lower[0]), dtype=np.int32)
         sense[bounds : bounds + layout.p] = _EQUATION
-        zero = np.zeros((layout.n, layout.n))
         for i in rows:
-            P = zero if samples.P is None else samples.P[i]
-            x, _, flag, info = solve(P, samples.q[i], matrices[i], upper[i], lower[i], sense, iter_limit=self.max_steps)
+            x, _, flag, info = solve(
+                samples.P[i], samples.q[i], matrices[i], upper[i], lower[i], sense, iter_limit=self.max_steps
+            )
             results.x[i], results.steps[i] = x, info["iterations"]
             results.status[i] = _STATUS.get(flag, Status.BACKEND_ERROR)
             results.set_signed(i, info["lam"][:bounds], info["lam"][bounds:])

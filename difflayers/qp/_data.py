@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -52,7 +52,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The blocks of a QP, None where there is none; ``(*batch, ...)``, or without a batch where all samples share it."""
+    """The blocks of a QP, None where there is none; ``(*batch, ...)``, or without a batch where samples share it."""
 
     P: Tensor | None
     q: Tensor
@@ -62,6 +62,11 @@ class Data:
     b: Tensor | None = None
     lb: Tensor | None = None
     ub: Tensor | None = None
+
+    @classmethod
+    def of(cls, blocks: Mapping[str, Tensor]) -> Data:
+        """From the blocks that there are, by name."""
+        return cls(*[blocks.get(name) for name in NAMES])  # type: ignore[arg-type]
 
     @property
     def blocks(self) -> tuple[Tensor | None, ...]:

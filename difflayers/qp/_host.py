@@ -6,7 +6,7 @@ import importlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Samples:
     """The blocks of every sample as float64 arrays: ``samples.P[i]``, None where there is none."""
 
-    P: Sequence[Array] | None
+    P: Sequence[Array]
     q: Sequence[Array]
     G: Sequence[Array] | None
     h: Sequence[Array] | None
@@ -37,6 +37,8 @@ class Samples:
     def __init__(self, data: Data, count: int) -> None:
         self.layout, self.count = data.layout, count
         self._data = data
+        if data.P is None:
+            data = replace(data, P=data.q.new_zeros(data.layout.n, data.layout.n))
         for name, block in zip(NAMES, data.blocks, strict=True):
             setattr(self, name, None if block is None else _listed(block, count, 2 if name in "PGA" else 1))
 
@@ -56,6 +58,15 @@ class Samples:
         upper = _joined([high, b, h], dim=-1)
         return _listed(matrix, self.count, 2), _listed(lower, self.count, 1), _listed(upper, self.count, 1)
 
+    def one_sided(self) -> tuple[Sequence[Array], Sequence[Array]]:
+        """``[A; G; -I; I]`` and the right-hand sides of its rows, infinite where there is no bound."""
+        data = self._data
+        eye = torch.eye(self.layout.n, dtype=torch.float64, device=data.q.device)
+        sides = (None if data.lb is None else -eye, None if data.ub is None else eye)
+        matrices = [block for block in (data.A, data.G, *sides) if block is not None]
+        limits = data.limits if data.b is None else _joined([data.b, data.limits], dim=-1)
+        return _listed(_joined(matrices, dim=-2), self.count, 2), _listed(limits, self.count, 1)
+
 
 @dataclass
 class Results:
@@ -71,8 +82,8 @@ class Results:
     @classmethod
     def empty(cls, layout: Layout, count: int) -> Results:
         status = np.full(count, int(Status.BACKEND_ERROR))
-        sizes = layout.n, layout.p, layout.inequalities
-        return cls(layout, *[np.zeros((count, size)) for size in sizes], status, np.zeros(count, dtype=np.int64))
+        x, y, z = (np.zeros((count, size)) for size in (layout.n, layout.p, layout.inequalities))
+        return cls(layout, x, y, z, status, np.zeros(count, dtype=np.int64))
 
     def set_signed(self, i: int, bounds: Array, rows: Array) -> None:
         """Multipliers of one sample, positive where the upper side is active: of ``x``, and of ``[A; G]``."""
@@ -109,10 +120,7 @@ class HostQPSolver(QPSolver):
         Raises:
             MissingBackendError: it isn't installed.
         """
-        try:
-            return importlib.import_module(cls.package)
-        except ModuleNotFoundError as error:
-            raise MissingBackendError(cls.package, cls.extra) from error
+        return backend(cls.package, cls.extra)
 
     def answers(self, data: Data, count: int) -> Answers:
         samples, results = Samples(data, count), Results.empty(data.layout, count)
@@ -128,6 +136,18 @@ class HostQPSolver(QPSolver):
                 list(pool.map(lambda rows: self.solve_samples(samples, rows, results), pieces))
         arrays = (results.x, results.y, results.z, results.status, results.steps)
         return Answers(*[torch.from_numpy(array).to(data.q.device) for array in arrays])
+
+
+def backend(package: str, extra: str) -> ModuleType:
+    """The module of a backend.
+
+    Raises:
+        MissingBackendError: it isn't installed; the message is the command that installs it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise MissingBackendError(package, extra) from error
 
 
 def _listed(block: Tensor, count: int, event: int) -> Sequence[Array]:

@@ -15,9 +15,9 @@ from difflayers.qp._reduced import Reduced
 
 
 class OptimalityJacobian(LinearOperator):
-    """``∂F/∂w`` of :func:`~difflayers.qp._problem.optimality` at ``w``: a row is active where its ``v`` is positive.
+    """The Jacobian of the optimality conditions at ``w``: a row is active where its ``v`` is positive.
 
-    With ``D`` the diagonal of active rows and ``C`` all inequalities it is ``[[P, Aᵀ, CᵀD], [A, 0, 0], [C, 0, D - I]]``.
+    With ``D`` the diagonal of active rows and ``C`` all inequalities: ``[[P, Aᵀ, CᵀD], [A, 0, 0], [C, 0, D - I]]``.
     """
 
     def __init__(self, data: Data, point: Tensor, batch_dims: int) -> None:
@@ -94,7 +94,7 @@ class Inverse(LinearOperator):
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
         layout = self.reduced.layout
         rows = x.reshape(self.samples, -1).to(self.reduced.dtype)
-        return rows.split((layout.n, layout.p, layout.inequalities), dim=-1)
+        return tuple(rows.split((layout.n, layout.p, layout.inequalities), dim=-1))
 
     def _packed(self, like: Tensor, *parts: Tensor) -> Tensor:
         return torch.cat(parts, dim=-1).to(like.dtype).reshape(like.shape)

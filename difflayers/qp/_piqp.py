@@ -28,9 +28,10 @@ class PIQP(HostQPSolver):
         module, m, low = self.module(), samples.layout.m, samples.layout.low
         status = _statuses(module)
         solver = self._made(module)
+        equations, bounds = (samples.A, samples.b), (samples.lb, samples.ub)
+        blocks_of_all = samples.P, samples.q, *equations, samples.G, None, samples.h, *bounds
         for number, i in enumerate(rows):
-            blocks = [None if each is None else each[i] for each in
-                      (samples.P, samples.q, samples.A, samples.b, samples.G, None, samples.h, samples.lb, samples.ub)]  # fmt: skip
+            blocks = [None if each is None else each[i] for each in blocks_of_all]
             (solver.update if number else solver.setup)(*blocks)
             results.status[i] = status.get(solver.solve(), Status.BACKEND_ERROR)
             found = solver.result

@@ -22,7 +22,7 @@ class Polished(NamedTuple):
     z: Tensor  # of all inequalities, (samples, rows)
     active: Tensor
     verified: Tensor  # (samples,)
-    reduced: Reduced | None
+    reduced: Reduced
 
 
 def polished(data: Data, active: Tensor, rounds: int = ROUNDS) -> Polished:

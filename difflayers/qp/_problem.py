@@ -11,7 +11,7 @@ from torch import Tensor
 
 from difflayers._problem import Form, Problem, Residual
 from difflayers.linear import LinearOperator, Property
-from difflayers.qp._data import MATRICES, NAMES, Data, Point, times, transposed
+from difflayers.qp._data import MATRICES, Data, Point, times, transposed
 from difflayers.qp._jacobian import OptimalityJacobian
 
 
@@ -24,10 +24,10 @@ def optimality(point: Point, data: Data) -> Tensor:
     z_low, z_high = torch.relu(low), torch.relu(high)
     stationary = times(data.P, x) + data.q
     rows = []
-    if data.A is not None:
+    if data.A is not None and data.b is not None:
         stationary = stationary + transposed(data.A, y)
         rows.append(times(data.A, x) - data.b)
-    if data.G is not None:
+    if data.G is not None and data.h is not None:
         z = torch.relu(v)
         stationary = stationary + transposed(data.G, z)
         rows.append(times(data.G, x) + z - v - data.h)
@@ -58,9 +58,9 @@ class Conditions(Residual):
 class QPProblem(Problem):
     """``argmin ½xᵀPx + qᵀx`` subject to ``Gx ≤ h``, ``Ax = b``, ``lb ≤ x ≤ ub``, as a root of :func:`optimality`.
 
-    The unknown is ``(x, y, v, low, high)``: ``y`` are the multipliers of the equations, the other three are, for each row
-    of ``G``, lower and upper bound, multiplier minus slack. This is the residual map of cone programs (Busseti, Moursi,
-    Boyd 2019, "Solution refinement at regular points of conic problems") for the cone of linear programs.
+    The unknown is ``(x, y, v, low, high)``: ``y`` are the multipliers of the equations, the other three are, for each
+    row of ``G``, lower and upper bound, multiplier minus slack. This is the residual map of cone programs (Busseti,
+    Moursi, Boyd 2019, "Solution refinement at regular points of conic problems") for the cone of linear programs.
 
     Args:
         blocks: which blocks are there, in the order in which they come as parameters.
@@ -84,7 +84,7 @@ class QPProblem(Problem):
         """The parameters by name, with all batch dimensions or with none."""
         if self.maps:
             params = [self._aligned(index, param) for index, param in enumerate(params)]
-        return Data(**{name: None for name in NAMES} | dict(zip(self.blocks, params, strict=True)))
+        return Data.of(dict(zip(self.blocks, params, strict=True)))
 
     def bind(self, *params: Any) -> Conditions:
         return Conditions(self.data(params), self)

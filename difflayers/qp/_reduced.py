@@ -12,8 +12,8 @@ class Reduced:
     """``[[P, Cᵀ], [C, 0]]``, where ``C`` are the equations and the active inequalities of each sample.
 
     By Cholesky factorizations of ``P`` and of ``C P⁻¹ Cᵀ``, batched; ``P + σCᵀC`` serves for ``P`` where that has no
-    curvature of its own. Samples in which rows depend on each other, or the solution isn't unique, get the pseudoinverse:
-    least-squares multipliers, and the move of least norm.
+    curvature of its own. Samples in which rows depend on each other, or the solution isn't unique, get the
+    pseudoinverse: least-squares multipliers, and the move of least norm.
 
     Args:
         data: ``(samples, ...)`` or shared.
@@ -146,8 +146,9 @@ def _triangular(lower: Tensor, right: Tensor, *, transpose: bool = False) -> Ten
     """``L⁻¹ B``, or ``L⁻ᵀ B``, for ``B`` of shape ``(samples, n, k)`` and ``L`` shared or one per sample."""
     matrix = lower.mT if transpose else lower
     if lower.dim() == 3:
-        return torch.linalg.solve_triangular(matrix, right, upper=transpose)
+        each: Tensor = torch.linalg.solve_triangular(matrix, right, upper=transpose)
+        return each
     samples, n, k = right.shape
     columns = right.movedim(0, 1).reshape(n, samples * k)
-    solved = torch.linalg.solve_triangular(matrix, columns, upper=transpose)
+    solved: Tensor = torch.linalg.solve_triangular(matrix, columns, upper=transpose)
     return solved.reshape(n, samples, k).movedim(1, 0)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from difflayers._problem import Form, Problem
-from difflayers._solution import Solution, Status
+from difflayers._solution import Solution, Status, has_answer
 from difflayers._solver import Solver
+from difflayers.qp._certificates import certified
 from difflayers.qp._data import Data
 from difflayers.qp._jacobian import Inverse
 from difflayers.qp._polish import Polished, polished
 from difflayers.qp._problem import QPProblem
+from difflayers.qp._reduced import Reduced
 
 
 class Answers(NamedTuple):
@@ -33,15 +35,20 @@ class Answers(NamedTuple):
 class QPSolver(Solver):
     """Solves a batch of QPs to machine precision: the backend's active set is verified, corrected and solved for.
 
-    ``SUCCESS`` means that the optimality conditions hold, whatever the backend said. ``stats``: ``steps`` of the backend
-    (0 where a warm start was right), ``residual`` (largest violation of a condition), ``margin`` (strict
-    complementarity: the least, over inequalities, of the larger of multiplier and slack; where it is zero, the derivative
-    is one of several), ``degenerate`` (rows that depend on each other, or a solution that isn't unique: multipliers and
-    derivatives are then those of least norm), ``certificate`` (for infeasible and unbounded samples).
+    ``SUCCESS`` means that the optimality conditions hold, whatever the backend said, and ``INFEASIBLE`` and
+    ``UNBOUNDED`` that there is a proof. Among ``stats``, per sample:
+
+    - ``steps`` of the backend; 0 where the active set of a warm start was right;
+    - ``residual``, the largest violation of a condition;
+    - ``margin``, the strict complementarity: the least, over inequalities, of the larger of multiplier and slack. Where
+      it is zero a constraint is weakly active, and the derivative is one of several;
+    - ``degenerate``: active rows that depend on each other, or a solution that isn't unique. Multipliers and
+      derivatives are then those of least norm;
+    - ``certificate``, if any sample is infeasible or unbounded: the proof, ``(*batch, n + p + rows)``.
     """
 
     serves: ClassVar[frozenset[Form]] = frozenset({"qp"})
-    tolerance_of_conditions: ClassVar[float] = 1e-7
+    accuracy: ClassVar[float] = 1e-7
 
     @abstractmethod
     def answers(self, data: Data, count: int) -> Answers:
@@ -52,78 +59,66 @@ class QPSolver(Solver):
             raise TypeError(f"expected a QPProblem, got {type(problem).__name__}")
         batch = init.shape[: problem.batch_dims]
         with torch.no_grad():
-            data = problem.known or problem.data(params).map(lambda block: block.detach().double()).flattened(batch)
-            guess = init.detach().double().reshape(batch.numel(), -1) if problem.warm else None
-            work = _Work(self, data, batch.numel(), guess)
-            work.run()
+            data = problem.known or problem.data(params).map(lambda block: block.detach().double())
+            work = Work(self, data.flattened(batch), batch.numel())
+            work.run(init.detach().double().reshape(batch.numel(), -1) if problem.warm else None)
             return work.solution(init, problem.batch_dims)
 
 
-class _Work:
-    """One solve; everything is per sample, and samples that are broken or done are left out of what follows."""
+class Work:
+    """One solve; samples that are broken or done are left out of what follows."""
 
-    def __init__(self, solver: QPSolver, data: Data, samples: int, guess: Tensor | None) -> None:
-        self.solver, self.data, self.guess, self.samples = solver, data, guess, samples
+    def __init__(self, solver: QPSolver, data: Data, samples: int) -> None:
+        self.solver, self.data, self.samples = solver, data, samples
         layout, like = data.layout, data.q
+        self.limits = data.limits.expand(samples, -1)
         self.x, self.y = like.new_zeros(samples, layout.n), like.new_zeros(samples, layout.p)
         self.z = like.new_zeros(samples, layout.inequalities)
         self.active = torch.zeros_like(self.z, dtype=torch.bool)
-        self.status = torch.full((samples,), int(Status.SUCCESS), device=like.device)
+        self.status = torch.zeros(samples, dtype=torch.int64, device=like.device)
         self.steps = torch.zeros_like(self.status)
         self.degenerate = torch.zeros_like(self.status, dtype=torch.bool)
-        self.inverse: Polished | None = None
+        self.reduced: Reduced | None = None  # of all samples, if all were verified at once
 
-    def run(self) -> None:
-        finite = self.data.finite(self.samples)
-        consistent = self.data.consistent(self.samples)
+    def run(self, guess: Tensor | None) -> None:
+        finite, consistent = self.data.finite(self.samples), self.data.consistent(self.samples)
+        self.status[~consistent] = int(Status.INFEASIBLE)
         self.status[~finite] = int(Status.NONFINITE)
-        self.status[finite & ~consistent] = int(Status.INFEASIBLE)
         going = finite & consistent
-        if self.guess is not None:
-            going = going & ~self._warm(going)
+        if guess is not None:
+            going = going & ~self._warm(going, guess)
         if bool(going.any()):
             self._cold(going)
 
-    def _warm(self, going: Tensor) -> Tensor:
-        """Which samples the guess was right for, after a few corrections."""
+    def _warm(self, going: Tensor, guess: Tensor) -> Tensor:
+        """Which samples the guess was right for, perhaps after a few corrections."""
         layout = self.data.layout
-        active = (self.guess[going, layout.n + layout.p :] > 0) & self.data.limits.expand_as(self.z)[going].isfinite()
+        active = ((guess[:, layout.n + layout.p :] > 0) & self.limits.isfinite())[going]
         return self._take(going, polished(self._part(going), active, rounds=3))
 
     def _cold(self, going: Tensor) -> None:
-        part = self._part(going)
-        answers = (
-            self.solver.answers(part, int(going.sum()))
-            if part.layout.inequalities
-            else _no_inequalities(part, int(going.sum()))
-        )
-        self.steps[going] = answers.steps.to(self.steps.dtype)
-        self.status[going] = answers.status.to(self.status.dtype)
-        solved = going.clone()
-        solved[going] = answers.status <= int(Status.STALLED)
+        part, count = self._part(going), int(going.sum())
+        found = self.solver.answers(part, count) if part.layout.inequalities else _equations_only(part, count)
+        self.steps[going], self.status[going] = found.steps, found.status.to(self.status.dtype)
+        solved = going & has_answer(self.status)
         if not bool(solved.any()):
             return
-        found = answers.status <= int(Status.STALLED)
-        x, y, z = (t if bool(found.all()) else t[found] for t in answers[:3])
-        self.x[solved], self.y[solved], self.z[solved] = x, y, z
-        part = self._part(solved)
-        active = z > part.limits.expand_as(z) - part.products(x)
-        self.active[solved] = active
-        self.status[solved] = int(Status.SUCCESS)  # until the conditions say otherwise
+        here = slice(None) if count == int(solved.sum()) else has_answer(found.status)
+        x, z, part = found.x[here], found.z[here], self._part(solved)
+        active = z > self.limits[solved] - part.products(x)
+        self.x[solved], self.y[solved], self.z[solved], self.active[solved] = x, found.y[here], z, active
+        self.status[solved] = int(Status.SUCCESS)  # unless the conditions say otherwise
         self._take(solved, polished(part, active))
 
     def _take(self, samples: Tensor, exact: Polished) -> Tensor:
         """Take over what was verified; which samples that are."""
-        right = samples.clone()
-        right[samples] = exact.verified
-        every = bool(right.all())
-        self.inverse = exact if every else None
+        if bool(exact.verified.all()) and len(exact.verified) == self.samples:
+            self.x, self.y, self.z, self.active, _, self.reduced = exact
+            self.degenerate = self.reduced.degenerate
+            return samples
+        right = samples.index_put((samples.clone(),), exact.verified)
         for name in ("x", "y", "z", "active"):
-            new = getattr(exact, name)
-            if every:
-                setattr(self, name, new)
-            else:
-                getattr(self, name)[right] = new[exact.verified]
+            getattr(self, name)[right] = getattr(exact, name)[exact.verified]
         self.degenerate[right] = exact.reduced.degenerate[exact.verified]
         return right
 
@@ -131,35 +126,39 @@ class _Work:
         return self.data if bool(samples.all()) else self.data.rows(samples)
 
     def solution(self, init: Tensor, batch_dims: int) -> Solution:
-        limits = self.data.limits.expand_as(self.z)
-        slack = limits - self.data.products(self.x)
+        slack = self.limits - self.data.products(self.x)
         residual = self.data.violation(self.x, self.y, self.z, slack)
-        scale = 1 + self.data.magnitude
-        wrong = (self.status == int(Status.SUCCESS)) & ~(residual <= self.solver.tolerance_of_conditions * scale)
+        wrong = has_answer(self.status) & ~(residual <= self.solver.accuracy * (1 + self.data.magnitude))
         self.status = torch.where(wrong, int(Status.STALLED), self.status)
-        margin = torch.maximum(self.z, slack).amin(-1) if self.z.shape[-1] else torch.full_like(residual, torch.inf)
-        batch = init.shape[:batch_dims]
-        stats = {"steps": self.steps, "residual": residual, "margin": margin, "degenerate": self.degenerate}
-        value = _packed(self, slack, init)
-        state = None
-        if self.inverse is not None and self.inverse.reduced is not None:
-            state = Inverse(self.inverse.reduced, value, batch_dims)
-        return Solution(
-            value, self.status.to(torch.int8).reshape(batch), {k: v.reshape(batch) for k, v in stats.items()}, state
-        )
+        stats = {
+            "steps": self.steps,
+            "residual": residual,
+            "margin": self._margin(slack),
+            "degenerate": self.degenerate,
+        }
+        if bool(((self.status == Status.INFEASIBLE) | (self.status == Status.UNBOUNDED)).any()):
+            self.status, stats["certificate"] = certified(self.data, self.status)
+        value, batch = self._point(slack, init), init.shape[:batch_dims]
+        state = None if self.reduced is None else Inverse(self.reduced, value, batch_dims)
+        stats = {name: stat.reshape(*batch, *stat.shape[1:]) for name, stat in stats.items()}
+        return Solution(value, self.status.to(torch.int8).reshape(batch), stats, state)
+
+    def _margin(self, slack: Tensor) -> Tensor:
+        if slack.shape[-1] == 0:
+            return slack.new_full((self.samples,), torch.inf)
+        return torch.maximum(self.z, slack).amin(-1)
+
+    def _point(self, slack: Tensor, init: Tensor) -> Tensor:
+        """The unknown: multiplier minus slack, whose sign tells the active set even where both are zero."""
+        tiny = torch.finfo(init.dtype).tiny
+        idle = -torch.where(slack.isinf(), 1, slack).clamp_min(0)
+        v = torch.where(self.active, self.z.clamp_min(tiny), idle)
+        return torch.cat([self.x, self.y, v], dim=-1).to(init.dtype).reshape(init.shape)
 
 
-def _packed(work: _Work, slack: Tensor, init: Tensor) -> Tensor:
-    """The unknown: multiplier minus slack, whose sign is the active set even where both are zero."""
-    tiny = torch.finfo(init.dtype).tiny
-    unbounded = slack.isinf()
-    v = torch.where(work.active, work.z.clamp_min(tiny), -torch.where(unbounded, 1, slack).clamp_min(0))
-    return torch.cat([work.x, work.y, v], dim=-1).to(init.dtype).reshape(init.shape)
-
-
-def _no_inequalities(data: Data, samples: int) -> Answers:
+def _equations_only(data: Data, samples: int) -> Answers:
     """Equations alone are one factorization, which polishing does."""
-    layout = data.layout
-    zeros = data.q.new_zeros(samples, layout.n)
-    counts = torch.zeros(samples, dtype=torch.int64, device=zeros.device)
-    return Answers(zeros, zeros.new_zeros(samples, layout.p), zeros.new_zeros(samples, 0), counts, counts)
+    layout, like = data.layout, data.q
+    counts = torch.zeros(samples, dtype=torch.int64, device=like.device)
+    x, y, z = (like.new_zeros(samples, size) for size in (layout.n, layout.p, 0))
+    return Answers(x, y, z, counts, counts)
