@@ -6,7 +6,6 @@ import argparse
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
-from io import StringIO
 
 import torch
 from rich import box
@@ -61,20 +60,18 @@ class Report:
         self.goals.append(goal)
 
     def table(self, title: str, headings: str, rows: Iterable[Sequence[str]]) -> None:
-        """``headings`` are joined by ``|``; the first column is the wide one."""
-        table = Table(title=None if self.markdown else title, box=box.MARKDOWN if self.markdown else box.SIMPLE_HEAD)
-        for i, heading in enumerate(headings.split("|")):
-            table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
+        """``headings`` are joined by ``|``; numbers are on the right, and the first column is kept in one line."""
+        names = headings.split("|")
+        if self.markdown:
+            lines = [names, ["---"] * len(names), *rows]
+            self.note(f"\n### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+            return
+        table = Table(title=title, box=box.SIMPLE_HEAD)
+        for i, name in enumerate(names):
+            table.add_column(name, justify="right" if i else "left", no_wrap=not i)
         for row in rows:
             table.add_row(*row)
-        if self.markdown:
-            # Wide enough for every cell: a wrapped one would break the table.
-            console = Console(width=400, highlight=False, file=StringIO())
-            console.print(table)
-            lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
-            self.note(f"\n### {title}\n\n" + "\n".join(filter(None, lines)))
-        else:
-            self.console.print(table)
+        self.console.print(table)
 
     def summary(self) -> None:
         headings = "work|torchdeq|difflayers|floor|where the time goes|asked|reached|met"
