@@ -40,7 +40,7 @@ class Broyden(IterativeSolver):
     states, whatever ``max_steps``, until the backward pass.
     """
 
-    memory: int = 30
+    memory: int = 60
     serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point"})
     divisible = True
 

@@ -44,10 +44,13 @@ class DAQP(HostQPSolver):
         bounds = len(lower[0]) - layout.p - layout.m
         sense = np.zeros(len(lower[0]), dtype=np.int32)
         sense[bounds : bounds + layout.p] = _EQUATION
+        multipliers = []
         for i in rows:
             x, _, flag, info = solve(
                 samples.P[i], samples.q[i], matrices[i], upper[i], lower[i], sense, iter_limit=self.max_steps
             )
             results.x[i], results.steps[i] = x, info["iterations"]
             results.status[i] = _STATUS.get(flag, Status.BACKEND_ERROR)
-            results.set_signed(i, info["lam"][:bounds], info["lam"][bounds:])
+            multipliers.append(info["lam"])
+        signed = np.stack(multipliers)
+        results.set_signed(slice(rows.start, rows.stop), signed[:, :bounds], signed[:, bounds:])

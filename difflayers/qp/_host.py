@@ -16,7 +16,7 @@ from torch import Tensor
 
 from difflayers._solution import Status
 from difflayers.errors import MissingBackendError
-from difflayers.qp._data import NAMES, Data, Layout
+from difflayers.qp._data import MATRICES, NAMES, Data, Layout
 from difflayers.qp._solver import Answers, QPSolver
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -36,11 +36,19 @@ class Samples:
 
     def __init__(self, data: Data, count: int) -> None:
         self.layout, self.count = data.layout, count
-        self._data = data
-        if data.P is None:
-            data = replace(data, P=data.q.new_zeros(data.layout.n, data.layout.n))
-        for name, block in zip(NAMES, data.blocks, strict=True):
-            setattr(self, name, None if block is None else _listed(block, count, 2 if name in "PGA" else 1))
+        self._data = data if data.P is not None else replace(data, P=data.q.new_zeros(data.layout.n, data.layout.n))
+
+    def __getattr__(self, name: str) -> Sequence[Array] | None:
+        if name not in NAMES:
+            raise AttributeError(name)
+        block = getattr(self._data, name)
+        listed = None if block is None else _listed(block, self.count, 2 if name in MATRICES else 1)
+        setattr(self, name, listed)  # made when a backend asks for it, once
+        return listed
+
+    def at(self, i: int) -> tuple[Array | None, ...]:
+        """The blocks of one sample, in the order of ``NAMES``."""
+        return tuple(None if block is None else block[i] for block in (getattr(self, name) for name in NAMES))
 
     def two_sided(self) -> tuple[Sequence[Array], Sequence[Array], Sequence[Array]]:
         """``[A; G]``, and what its rows are between, with bounds on ``x`` first where there are any."""
@@ -85,11 +93,11 @@ class Results:
         x, y, z = (np.zeros((count, size)) for size in (layout.n, layout.p, layout.inequalities))
         return cls(layout, x, y, z, status, np.zeros(count, dtype=np.int64))
 
-    def set_signed(self, i: int, bounds: Array, rows: Array) -> None:
-        """Multipliers of one sample, positive where the upper side is active: of ``x``, and of ``[A; G]``."""
+    def set_signed(self, i: int | slice, bounds: Array, rows: Array) -> None:
+        """Multipliers of some samples, positive where the upper side is active: of ``x``, and of ``[A; G]``."""
         p, m, low = self.layout.p, self.layout.m, self.layout.low
-        self.y[i] = rows[:p]
-        np.maximum(rows[p:], 0, out=self.z[i, :m])
+        self.y[i] = rows[..., :p]
+        np.maximum(rows[..., p:], 0, out=self.z[i, :m])
         if low:
             np.maximum(-bounds, 0, out=self.z[i, m : m + low])
         if self.layout.high:

@@ -60,8 +60,8 @@ def _on(data: Data, active: Tensor) -> Polished:
     empty = data.q.new_zeros(*active.shape[:1], 0)
     b = empty if data.b is None else data.b.expand(len(active), -1)
     x, y, z = reduced.refined(-data.q.expand(len(active), -1), b, data.limits.expand_as(active))
-    verified = ~(signed_errors(data, x, z, active) > 0).any(-1) & x.isfinite().all(-1) & z.isfinite().all(-1)
-    return Polished(x, y, z, active, verified, reduced)
+    finite = (x.sum(-1) + z.sum(-1)).isfinite()
+    return Polished(x, y, z, active, finite & ~signed_errors(data, x, z, active).any(-1), reduced)
 
 
 def signed_errors(data: Data, x: Tensor, z: Tensor, active: Tensor) -> Tensor:

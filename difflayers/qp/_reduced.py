@@ -66,7 +66,7 @@ class Reduced:
         """``C``, ``(samples, p + k, n)``; zero where a sample has fewer than ``k`` active rows."""
         data, m, n = self.data, self.layout.m, self.layout.n
         rows = data.q.new_zeros(self.samples, self._index.shape[1], n)
-        if data.G is not None:
+        if data.G is not None and m:
             inside = self._index.clamp_max(m - 1)
             picked = data.G[inside] if data.G.dim() == 2 else data.G.gather(1, inside[..., None].expand(-1, -1, n))
             rows = picked * (self._mask * (self._index < m))[..., None]
@@ -80,18 +80,17 @@ class Reduced:
         return torch.cat([data.A.expand(self.samples, -1, -1), rows], dim=1)
 
     def _factor(self) -> None:
-        self._sigma = torch.zeros((), dtype=self.dtype, device=self.rows.device)
+        self._sigma: Tensor | None = None
         curvature = self.data.curvature
         lower, curved = curvature if curvature and bool(curvature[1].all()) else self._curved_by_rows()
         self._lower = lower
         self._reached = _triangular(lower, self.rows.mT)
-        gram = self._reached.mT @ self._reached
+        gram = torch.bmm(self._reached.mT, self._reached)
         padding = 1 - torch.cat([self._mask.new_ones(self.samples, self.layout.p), self._mask], dim=1)
         gram.diagonal(dim1=-2, dim2=-1).add_(padding)
         self._inner, independent = cholesky(gram)
         self.degenerate = ~(independent & curved).expand(self.samples)
-        if bool(self.degenerate.any()):
-            self._pseudoinverse = self._pseudo(padding[self.degenerate])
+        self._pseudoinverse = self._pseudo(padding[self.degenerate]) if bool(self.degenerate.any()) else None
 
     def _curved_by_rows(self) -> tuple[Tensor, Tensor]:
         """``P + σCᵀC`` factored: the same solutions, wherever they are unique."""
@@ -105,13 +104,14 @@ class Reduced:
         return cholesky(P + self._sigma[..., None] * gram)
 
     def _solve(self, first: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-        shifted = first + self._sigma * transposed(self.rows, rest)
+        shifted = first if self._sigma is None else first + self._sigma * transposed(self.rows, rest)
         u = _triangular(self._lower, shifted.unsqueeze(-1))
-        inner = self._reached.mT @ u - rest.unsqueeze(-1)
+        inner = torch.baddbmm(rest.unsqueeze(-1), self._reached.mT, u, beta=-1)
         multipliers = torch.cholesky_solve(inner, self._inner)
-        x = _triangular(self._lower, u - self._reached @ multipliers, transpose=True).squeeze(-1)
+        left = torch.baddbmm(u, self._reached, multipliers, alpha=-1)
+        x = _triangular(self._lower, left, transpose=True).squeeze(-1)
         multipliers = multipliers.squeeze(-1)
-        if bool(self.degenerate.any()):
+        if self._pseudoinverse is not None:
             both = torch.cat([first, rest], dim=-1)[self.degenerate]
             least = times(self._pseudoinverse, both)
             x = x.index_put((self.degenerate,), least[:, : x.shape[1]])
