@@ -1,10 +1,41 @@
 """Quadratic programs, and layers on them."""
 
 from difflayers.qp._api import QPSolution, solve_qp
+from difflayers.qp._auto import Auto
+from difflayers.qp._clarabel import Clarabel
 from difflayers.qp._daqp import DAQP
+from difflayers.qp._highs import HiGHS
+from difflayers.qp._layer import QPLayer
+from difflayers.qp._moreau import Moreau
+from difflayers.qp._osqp import OSQP
 from difflayers.qp._piqp import PIQP
 from difflayers.qp._problem import QPProblem
+from difflayers.qp._proxqp import ProxQP
+from difflayers.qp._solver import QPSolver
 
-SOLVERS = {"auto": DAQP, "daqp": DAQP, "piqp": PIQP}
+SOLVERS = {
+    "auto": Auto,
+    "clarabel": Clarabel,
+    "daqp": DAQP,
+    "highs": HiGHS,
+    "moreau": Moreau,
+    "osqp": OSQP,
+    "piqp": PIQP,
+    "proxqp": ProxQP,
+}
 
-__all__ = ["DAQP", "PIQP", "QPProblem", "QPSolution", "solve_qp"]
+__all__ = [
+    "DAQP",
+    "OSQP",
+    "PIQP",
+    "Auto",
+    "Clarabel",
+    "HiGHS",
+    "Moreau",
+    "ProxQP",
+    "QPLayer",
+    "QPProblem",
+    "QPSolution",
+    "QPSolver",
+    "solve_qp",
+]

@@ -18,6 +18,7 @@ from difflayers.errors import ProblemError
 from difflayers.qp._checks import batch_shape, check_blocks, check_objective
 from difflayers.qp._data import MATRICES, NAMES, Data
 from difflayers.qp._problem import QPProblem
+from difflayers.qp._solver import QPSolver
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def _solved(
         known = data.map(lambda block: block.detach().double())
         check_objective(known)
     chosen = resolve(solver, available_solvers("qp"))
+    first = chosen.choices(known)[0] if known is not None and isinstance(chosen, QPSolver) else chosen
     start = _start(data, samples, init)
     problem = QPProblem(tuple(blocks), warm=init is not None, known=known)
     if reason := chosen.supports(problem) or (adjoint or ImplicitAdjoint()).supports(problem, chosen):
@@ -139,7 +141,7 @@ def _solved(
     box = torch.zeros_like(x)
     box = box if data.lb is None else box - torch.relu(low)
     box = box if data.ub is None else box + torch.relu(high)
-    return QPSolution(x, found.status, found.stats, None, y, torch.relu(v), box, chosen, found.value.detach())
+    return QPSolution(x, found.status, found.stats, None, y, torch.relu(v), box, first, found.value.detach())
 
 
 def _start(data: Data, samples: int, init: Any) -> Tensor:

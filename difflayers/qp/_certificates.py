@@ -17,25 +17,24 @@ TOLERANCE = 1e-6
 
 
 def certified(data: Data, status: Tensor) -> tuple[Tensor, Tensor]:
-    """Statuses of samples that a backend gave up on, and for each a proof, ``(samples, n + p + rows)``.
+    """Statuses of samples without an answer, and for each a proof, ``(samples, n + p + rows)``, zero if there is none.
 
     ``INFEASIBLE``: multipliers ``(0, y, z)`` with ``Aᵀy + Cᵀz = 0``, ``z ≥ 0`` and ``bᵀy + dᵀz < 0``, where ``C x ≤ d``
     are all inequalities ``[G; -I; I]``. ``UNBOUNDED``: a direction ``(x, 0, 0)`` with ``Px = 0``, ``Ax = 0``,
-    ``Cx ≤ 0`` and ``qᵀx < 0``. Without a proof a sample is ``BACKEND_ERROR``: what the backend says is then not known
-    to be true.
+    ``Cx ≤ 0`` and ``qᵀx < 0``. A backend may have missed what can be proved; what it claims without that there is
+    a proof is ``BACKEND_ERROR``.
     """
     layout = data.layout
     proofs = data.q.new_zeros(len(status), sum(layout.sizes))
     checked = status.clone()
     for i, code in enumerate(status.tolist()):
-        find = {int(Status.INFEASIBLE): _farkas, int(Status.UNBOUNDED): _ray}.get(code)
-        if find is None:
-            continue
-        proof = find(*_rows(data, i))
-        if proof is None:
-            checked[i] = int(Status.BACKEND_ERROR)
+        rows = _rows(data, i)
+        for claim in sorted(_FINDERS, key=lambda claim: claim != code):
+            if (proof := _FINDERS[claim](*rows)) is not None:
+                checked[i], proofs[i] = int(claim), torch.from_numpy(proof).to(proofs)
+                break
         else:
-            proofs[i] = torch.from_numpy(proof).to(proofs)
+            checked[i] = int(Status.BACKEND_ERROR) if code in _FINDERS else code
     return checked, proofs
 
 
@@ -103,3 +102,6 @@ def _piqp(P: Array, q: Array, A: Array, b: Array, G: Array, h: Array) -> tuple[A
         return None
     found = solver.result
     return found.x, found.y, found.z_u
+
+
+_FINDERS = {Status.INFEASIBLE: _farkas, Status.UNBOUNDED: _ray}

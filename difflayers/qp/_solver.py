@@ -54,6 +54,10 @@ class QPSolver(Solver):
     def answers(self, data: Data, count: int) -> Answers:
         """What the backend finds for ``count`` samples of finite data in float64."""
 
+    def choices(self, data: Data) -> Sequence[QPSolver]:
+        """Whose answers are asked for, in this order: each gets the samples that those before it left open."""
+        return (self,)
+
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
         if not isinstance(problem, QPProblem):
             raise TypeError(f"expected a QPProblem, got {type(problem).__name__}")
@@ -87,8 +91,14 @@ class Work:
         going = finite & consistent
         if guess is not None:
             going = going & ~self._warm(going, guess)
+        backend, *others = self.solver.choices(self.data)
         if bool(going.any()):
-            self._cold(going)
+            self._cold(going, backend)
+        self._judge()
+        for other in others:
+            left = going & ~self._settled()
+            if bool(left.any()):
+                self._ask(other, left)
 
     def _warm(self, going: Tensor, guess: Tensor) -> Tensor:
         """Which samples the guess was right for, perhaps after a few corrections."""
@@ -96,9 +106,9 @@ class Work:
         active = ((guess[:, layout.n + layout.p :] > 0) & self.limits.isfinite())[going]
         return self._take(going, polished(self._part(going), active, rounds=3))
 
-    def _cold(self, going: Tensor) -> None:
+    def _cold(self, going: Tensor, backend: QPSolver) -> None:
         part, count = self._part(going), int(going.sum())
-        found = self.solver.answers(part, count) if part.layout.inequalities else _equations_only(part, count)
+        found = backend.answers(part, count) if part.layout.inequalities else _equations_only(part, count)
         self.steps[going], self.status[going] = found.steps, found.status.to(self.status.dtype)
         solved = going & has_answer(self.status)
         if not bool(solved.any()):
@@ -107,7 +117,6 @@ class Work:
         x, z, part = found.x[here], found.z[here], self._part(solved)
         active = z > self.limits[solved] - part.products(x)
         self.x[solved], self.y[solved], self.z[solved], self.active[solved] = x, found.y[here], z, active
-        self.status[solved] = int(Status.SUCCESS)  # unless the conditions say otherwise
         self._take(solved, polished(part, active))
 
     def _take(self, samples: Tensor, exact: Polished) -> Tensor:
@@ -125,19 +134,46 @@ class Work:
     def _part(self, samples: Tensor) -> Data:
         return self.data if bool(samples.all()) else self.data.rows(samples)
 
+    def _ask(self, other: QPSolver, left: Tensor) -> None:
+        """Take over what another backend settles."""
+        self.reduced = None
+        work = Work(other, self._part(left), int(left.sum()))
+        work.run(None)
+        settled = work._settled()
+        here = left.index_put((left.clone(),), settled)
+        for name in ("x", "y", "z", "active", "status", "steps", "degenerate", "residual", "proofs"):
+            getattr(self, name)[here] = getattr(work, name)[settled]
+
+    def _judge(self) -> None:
+        """The statuses that the conditions, and proofs that there is no solution, allow."""
+        slack = self.limits - self.data.products(self.x)
+        self.residual = self.data.violation(self.x, self.y, self.z, slack)
+        right = self.residual <= self.solver.accuracy * (1 + self.data.magnitude)
+        answered, success = has_answer(self.status), self.status == int(Status.SUCCESS)
+        self.status[answered & right] = int(Status.SUCCESS)
+        self.status[success & ~right] = int(Status.STALLED)
+        self.proofs = self.x.new_zeros(self.samples, sum(self.data.layout.sizes))
+        doubtful = (self.status != int(Status.SUCCESS)) & (self.status != int(Status.NONFINITE))
+        if bool(doubtful.any()):
+            self.status[doubtful], self.proofs[doubtful] = certified(self._part(doubtful), self.status[doubtful])
+
+    def _settled(self) -> Tensor:
+        """Which samples are solved, or known to have no solution."""
+        return (self.status == int(Status.SUCCESS)) | self._proved()
+
+    def _proved(self) -> Tensor:
+        return (self.status == int(Status.INFEASIBLE)) | (self.status == int(Status.UNBOUNDED))
+
     def solution(self, init: Tensor, batch_dims: int) -> Solution:
         slack = self.limits - self.data.products(self.x)
-        residual = self.data.violation(self.x, self.y, self.z, slack)
-        wrong = has_answer(self.status) & ~(residual <= self.solver.accuracy * (1 + self.data.magnitude))
-        self.status = torch.where(wrong, int(Status.STALLED), self.status)
         stats = {
             "steps": self.steps,
-            "residual": residual,
+            "residual": self.residual,
             "margin": self._margin(slack),
             "degenerate": self.degenerate,
         }
-        if bool(((self.status == Status.INFEASIBLE) | (self.status == Status.UNBOUNDED)).any()):
-            self.status, stats["certificate"] = certified(self.data, self.status)
+        if bool(self._proved().any()):
+            stats["certificate"] = self.proofs
         value, batch = self._point(slack, init), init.shape[:batch_dims]
         state = None if self.reduced is None else Inverse(self.reduced, value, batch_dims)
         stats = {name: stat.reshape(*batch, *stat.shape[1:]) for name, stat in stats.items()}
