@@ -28,9 +28,11 @@ class Solver(ABC):
 
     Attributes:
         serves: the forms of problems that it can solve.
+        traceable: whether autograd can follow all of its steps, so that they can be unrolled.
     """
 
     serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point", "minimize", "least_squares"})
+    traceable: ClassVar[bool] = False
 
     def supports(self, problem: Problem) -> str | None:
         """Why this solver can't serve, or None."""
@@ -66,6 +68,7 @@ class IterativeSolver(Solver):
     atol: float | None = None
     max_steps: int = 200
     patience: int = field(default=50, kw_only=True)
+    traceable: ClassVar[bool] = True
     # Whether every tensor of its state has the samples first, so that some of them can go on alone.
     divisible: ClassVar[bool] = False
     # Whether a step leaves the samples that aren't active where they are, so that the loop needn't.
@@ -100,7 +103,7 @@ class IterativeSolver(Solver):
 
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
         if init.numel() == 0:
-            return _empty(init, problem.batch_dims)
+            return empty_solution(init, problem.batch_dims)
         run = Run(self, problem, params, init)
         state = self.init(run.residual, init)
         while run.going and run.count < self.max_steps:
@@ -210,7 +213,7 @@ class HostSolver(Solver):
 
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
         if init.numel() == 0:
-            return _empty(init, problem.batch_dims)
+            return empty_solution(init, problem.batch_dims)
         residual = problem.bind(*params)
         batch, event = init.shape[: problem.batch_dims], init.shape[problem.batch_dims :]
         starts = _host(init).reshape(-1, *event)
@@ -286,7 +289,7 @@ def _host(tensor: Tensor) -> Array:
     return array
 
 
-def _empty(init: Tensor, batch_dims: int) -> Solution:
+def empty_solution(init: Tensor, batch_dims: int) -> Solution:
     batch = init.shape[:batch_dims]
     counts = torch.zeros(batch, dtype=torch.int64, device=init.device)
     stats = {"steps": counts, "evaluations": counts, "residual": init.new_zeros(batch)}

@@ -61,7 +61,11 @@ def _on(data: Data, active: Tensor) -> Polished:
     b = empty if data.b is None else data.b.expand(len(active), -1)
     x, y, z = reduced.refined(-data.q.expand(len(active), -1), b, data.limits.expand_as(active))
     finite = (x.sum(-1) + z.sum(-1)).isfinite()
-    return Polished(x, y, z, active, finite & ~signed_errors(data, x, z, active).any(-1), reduced)
+    verified = finite & ~signed_errors(data, x, z, active).any(-1)
+    if bool(reduced.degenerate.any()):  # least squares may solve what has no solution
+        violation = data.violation(x, y, z, data.limits - data.products(x))
+        verified = verified & ~(reduced.degenerate & (violation > 1e-9 * (1 + data.magnitude)))
+    return Polished(x, y, z, active, verified, reduced)
 
 
 def signed_errors(data: Data, x: Tensor, z: Tensor, active: Tensor) -> Tensor:

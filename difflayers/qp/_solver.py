@@ -12,7 +12,7 @@ from torch import Tensor
 
 from difflayers._problem import Form, Problem
 from difflayers._solution import Solution, Status, has_answer
-from difflayers._solver import Solver
+from difflayers._solver import Solver, empty_solution
 from difflayers.qp._certificates import certified
 from difflayers.qp._data import Data
 from difflayers.qp._jacobian import Inverse
@@ -61,6 +61,8 @@ class QPSolver(Solver):
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
         if not isinstance(problem, QPProblem):
             raise TypeError(f"expected a QPProblem, got {type(problem).__name__}")
+        if init.numel() == 0:
+            return empty_solution(init, problem.batch_dims)
         batch = init.shape[: problem.batch_dims]
         with torch.no_grad():
             data = problem.known or problem.data(params).map(lambda block: block.detach().double())
