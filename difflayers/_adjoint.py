@@ -34,7 +34,7 @@ from difflayers._autodiff import (
 from difflayers._monitor import Role, watch
 from difflayers._problem import Problem, Residual, closure_names
 from difflayers._solution import OnFailure, Solution, check_status, has_answer
-from difflayers._solver import HostSolver, Solver, mask_failed
+from difflayers._solver import Solver, mask_failed
 from difflayers.errors import LinearSolveError, ProblemError
 
 
@@ -94,8 +94,8 @@ class UnrolledAdjoint(Adjoint):
     """Backpropagation through the solver's own steps; memory grows with them. For comparison, and for few steps."""
 
     def supports(self, problem: Problem, solver: Solver) -> str | None:
-        if isinstance(solver, HostSolver):
-            return f"{type(solver).__name__} runs outside autograd, so its steps can't be unrolled; use ImplicitAdjoint"
+        if not solver.traceable:
+            return f"{type(solver).__name__} takes steps outside autograd, which can't be unrolled; use ImplicitAdjoint"
         return None
 
     def apply(
@@ -399,6 +399,8 @@ class LinearSolve(Solver):
     linear_solver: linear.LinearSolver
 
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
+        if init.numel() == 0:
+            return empty_solution(init, problem.batch_dims)
         residual = problem.bind(*params)
         operator = problem.jacobian(residual, init)
         result = self.linear_solver.solve(self.linear_solver.factor(operator), -params[0])

@@ -12,6 +12,7 @@ from difflayers._solution import Status
 from difflayers.linear import Factor, LinearOperator, LinearSolution, LinearSolver
 from difflayers.qp._data import Data, Point, times, transposed
 from difflayers.qp._reduced import Reduced
+from difflayers.qp._sparse_reduced import reduced
 
 
 class OptimalityJacobian(LinearOperator):
@@ -66,8 +67,8 @@ class OptimalityJacobian(LinearOperator):
     def inverse(self) -> LinearOperator:  # type: ignore[override]
         """The inverse, factored on first use; least squares where there is none."""
         data = self.data.flattened(self.like.shape[: self.batch_dims])
-        active = torch.cat(self._active[2:], dim=-1).reshape(self.samples, -1) > 0
-        return Inverse(Reduced(data, active), self.like, self.batch_dims)
+        active = torch.cat(self._active[2:], dim=-1).reshape(self.samples, self.layout.inequalities) > 0
+        return Inverse(reduced(data, active), self.like, self.batch_dims)
 
 
 class Inverse(LinearOperator):
@@ -93,7 +94,7 @@ class Inverse(LinearOperator):
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
         layout = self.reduced.layout
-        rows = x.reshape(self.samples, -1).to(self.reduced.dtype)
+        rows = x.reshape(self.samples, self.size).to(self.reduced.dtype)
         return tuple(rows.split((layout.n, layout.p, layout.inequalities), dim=-1))
 
     def _packed(self, like: Tensor, *parts: Tensor) -> Tensor:
