@@ -34,7 +34,7 @@ from difflayers._autodiff import (
 from difflayers._monitor import Role, watch
 from difflayers._problem import Problem, Residual, closure_names
 from difflayers._solution import OnFailure, Solution, check_status, has_answer
-from difflayers._solver import Solver, mask_failed
+from difflayers._solver import Solver, empty_solution, mask_failed
 from difflayers.errors import LinearSolveError, ProblemError
 
 
