@@ -44,7 +44,7 @@ class Auto(LinearSolver):
             return CG(rtol=self.rtol)
         # With -J positive real, GCR converges for any memory, so a short one will do.
         if "fixed_point" in operator.properties:
-            return GCR(rtol=self.rtol, memory=10 if "contractive" in operator.properties else 40)
+            return GCR(rtol=self.rtol, memory=10 if "contractive" in operator.properties else 60)
         return GMRES(rtol=self.rtol)
 
     def factor(self, operator: LinearOperator) -> Factor:

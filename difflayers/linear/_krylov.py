@@ -61,14 +61,14 @@ class BiCGSTAB(IterativeLinearSolver):
 
 @dataclass(frozen=True)
 class GCR(IterativeLinearSolver):
-    """Generalized conjugate residuals, truncated to the last ``memory`` directions (Eisenstat, Elman, Schultz 1983).
+    """Generalized conjugate residuals, restarted after ``memory`` products (Eisenstat, Elman, Schultz 1983).
 
-    Residuals as small as those of GMRES while the memory lasts, for about half the work per product. It breaks down
+    Residuals as small as those of GMRES, for less work per product. It breaks down
     where ``xᵀJx = 0``, which a contraction's ``A - I`` rules out. What is known of the inverse of the Jacobian it takes
     as a preconditioner. Keeps ``2 · memory`` vectors per sample.
     """
 
-    memory: int = 40
+    memory: int = 60
 
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
         inverse = factor.operator.inverse
@@ -76,32 +76,64 @@ class GCR(IterativeLinearSolver):
         return self.solve_by(partial(self.iterate, guess=guess), factor, rhs, transpose)
 
     def iterate(self, product: Product, rhs: Tensor, tolerance: Tensor, guess: Product | None = None) -> Result:
-        samples, n = rhs.shape
-        memory = min(self.memory, n, self.max_steps)
-        directions, images = rhs.new_empty(2, samples, memory, n)
+        cycle = _Cycle(rhs, min(self.memory, rhs.shape[1], self.max_steps))
         x, r, error, steps = torch.zeros_like(rhs), rhs, rhs.norm(dim=1), _counter(rhs)
         active = (error < torch.inf) & ~(error <= tolerance)
         checked = error
-        for count in range(self.max_steps):
+        for _ in range(self.max_steps):
             if not active.any():
                 break
             p = r if guess is None else guess(r)
-            q, slot, used = product(p), count % memory, min(count, memory)
-            if used:
-                c = torch.bmm(q.unsqueeze(1), images[:, :used].mT)
-                q = torch.baddbmm(q.unsqueeze(1), c, images[:, :used], alpha=-1).squeeze(1)
-                p = torch.baddbmm(p.unsqueeze(1), c, directions[:, :used], alpha=-1).squeeze(1)
-            size = q.norm(dim=1, keepdim=True)
-            scale = torch.where((size > 0) & active.unsqueeze(1), size.reciprocal(), 0)
-            p, q = p * scale, q * scale
-            directions[:, slot], images[:, slot] = p, q
-            alpha = _dot(q, r)
-            x, r = torch.addcmul(x, alpha, p), torch.addcmul(r, alpha, q, value=-1)
+            r = cycle.reduce(r, p, product(p), active)
             error, steps = r.norm(dim=1), steps + active
             active = active & (error > tolerance) & (error < torch.inf)
-            if slot == memory - 1:  # stagnation
-                active, checked = active & (error < 0.999 * checked), error
-        return x, error, steps
+            if cycle.full:
+                x = x + cycle.update()
+                active, checked = active & (error < 0.999 * checked), error  # stagnation
+        return x + cycle.update(), error, steps
+
+
+class _Cycle:
+    """Directions ``p`` as they come, and their images ``J p`` orthonormal: ``J P = Q R``, so ``x = P R⁻¹ α``.
+
+    Directions that follow the orthogonalization would be a third of the memory traffic, which is what a step costs.
+    """
+
+    def __init__(self, rhs: Tensor, memory: int) -> None:
+        self.memory, self.used = memory, 0
+        samples, n = rhs.shape
+        self.directions, self.images = rhs.new_empty(samples, memory, n), rhs.new_empty(samples, memory, n)
+        self.alpha = rhs.new_empty(samples, memory)
+        self.upper = rhs.new_zeros(samples, memory, memory)
+
+    @property
+    def full(self) -> bool:
+        return self.used == self.memory
+
+    def reduce(self, r: Tensor, p: Tensor, q: Tensor, active: Tensor) -> Tensor:
+        """The residual without its part along ``q = J p``; samples that aren't active keep theirs."""
+        slot = self.used
+        if slot:
+            images = self.images[:, :slot]
+            c = torch.bmm(q.unsqueeze(1), images.mT)
+            q = torch.baddbmm(q.unsqueeze(1), c, images, alpha=-1).squeeze(1)
+            self.upper[:, :slot, slot] = torch.where(active.unsqueeze(1), c.squeeze(1), 0)
+        size = q.norm(dim=1, keepdim=True)
+        moves = (size > 0) & active.unsqueeze(1)
+        q = q * torch.where(moves, size.reciprocal(), 0)
+        alpha = _dot(q, r)
+        self.directions[:, slot], self.images[:, slot], self.alpha[:, slot] = p, q, alpha.squeeze(1)
+        self.upper[:, slot, slot] = torch.where(moves, size, 1).squeeze(1)
+        self.used += 1
+        return torch.addcmul(r, alpha, q, value=-1)
+
+    def update(self) -> Tensor:
+        """What all directions together add to the solution; then start anew."""
+        used, self.used = self.used, 0
+        upper, alpha = self.upper[:, :used, :used], self.alpha[:, :used].unsqueeze(-1)
+        weights = torch.linalg.solve_triangular(upper, alpha, upper=True).mT
+        self.upper = torch.zeros_like(self.upper)
+        return torch.bmm(weights, self.directions[:, :used]).squeeze(1)
 
 
 @dataclass(frozen=True)
