@@ -1,5 +1,6 @@
 """Quadratic programs, and layers on them."""
 
+from difflayers.qp import projections
 from difflayers.qp._api import QPSolution, solve_qp
 from difflayers.qp._auto import Auto
 from difflayers.qp._clarabel import Clarabel
@@ -37,5 +38,6 @@ __all__ = [
     "QPProblem",
     "QPSolution",
     "QPSolver",
+    "projections",
     "solve_qp",
 ]
