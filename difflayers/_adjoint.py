@@ -64,6 +64,8 @@ class ImplicitAdjoint(Adjoint):
     linear_solver: linear.LinearSolver = field(default_factory=linear.Auto)
 
     def supports(self, problem: Problem, solver: Solver) -> str | None:
+        if problem.form == "ode":
+            return "an initial value problem is no algebraic equation; use ode.CheckpointedAdjoint()"
         return self.linear_solver.supports(problem.properties)
 
     def apply(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from difflayers import _adjoint
 from difflayers._adjoint import Adjoint, ImplicitAdjoint
+from difflayers._arguments import Arguments, with_parameters
 from difflayers._arrays import Packing, check_devices, to_tensors, uses_numpy
 from difflayers._autodiff import Autocast, in_functorch, without_autocast
 from difflayers._monitor import watch
@@ -150,14 +150,11 @@ class _Posed:
         start = init.value if isinstance(init, Solution) else init
         start = pytree.tree_map_only(Tensor, torch.Tensor.detach, start)
         packing = Packing.of(start, problem.batch_dims)
-        module = dict(problem.function.named_parameters()) if isinstance(problem.function, nn.Module) else {}
-        leaves, structure = pytree.tree_flatten((module, tuple(params)))
-        fixed = tuple(None if isinstance(leaf, Tensor) else _Fixed(leaf) for leaf in leaves)
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        arguments, tensors = Arguments.of(problem.function, params)
         unknown = packing.pack(start)
         check_devices(list(tensors), unknown)
         autocast = Autocast.current(unknown.device)
-        return cls(_Flat(problem, packing, structure, fixed, autocast), tensors, unknown)
+        return cls(_Flat(problem, packing, arguments, autocast), tensors, unknown)
 
     @property
     def packing(self) -> Packing:
@@ -165,17 +162,18 @@ class _Posed:
 
     def values(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """The parameters as the residual gets them."""
-        return self.problem.unflatten(tensors)[1]
+        return self.problem.arguments.unflatten(tensors)[1]
 
     def arguments(self, results: Sequence[Any]) -> tuple[Any, ...]:
         """One result per tensor in the structure of the parameters; None in place of what isn't a tensor."""
         found = iter(results)
-        leaves = [next(found) if fixed is None else None for fixed in self.problem.fixed]
-        return pytree.tree_unflatten(leaves, self.problem.structure)[1]  # type: ignore[no-any-return]
+        layout = self.problem.arguments
+        leaves = [next(found) if fixed is None else None for fixed in layout.fixed]
+        return pytree.tree_unflatten(leaves, layout.structure)[1]  # type: ignore[no-any-return]
 
     def align(self, tangents: Sequence[Any]) -> list[Tensor | None]:
         """One tangent per tensor, from trees that hold None where nothing moves."""
-        module_size = len(self.problem.unflatten(self.tensors)[0])
+        module_size = len(self.problem.arguments.unflatten(self.tensors)[0])
         aligned: list[Tensor | None] = [None] * module_size
         for value, tangent in zip(self.values(self.tensors), tangents, strict=True):
             leaves = pytree.tree_leaves(value)
@@ -185,20 +183,12 @@ class _Posed:
 
 
 @dataclass(frozen=True)
-class _Fixed:
-    """A parameter that isn't a tensor."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
 class _Flat(Problem):
     """A problem on one packed unknown and a row of tensors, module parameters first."""
 
     base: RootProblem
     packing: Packing
-    structure: pytree.TreeSpec
-    fixed: tuple[_Fixed | None, ...]
+    arguments: Arguments
     autocast: Autocast
     start: tuple[Tensor, Tensor] | None = None
 
@@ -222,16 +212,12 @@ class _Flat(Problem):
     def function(self) -> Callable[..., Any]:
         return self.base.function
 
-    def unflatten(self, tensors: Sequence[Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
-        found = iter(tensors)
-        leaves = [next(found) if fixed is None else fixed.value for fixed in self.fixed]
-        return pytree.tree_unflatten(leaves, self.structure)  # type: ignore[no-any-return]
-
     def bind(self, *tensors: Any) -> Residual:
-        module_params, params = self.unflatten(tensors)
+        module_params, params = self.arguments.unflatten(tensors)
         problem = self.base
-        if isinstance(problem.function, nn.Module) and not _holds(problem.function, module_params):
-            problem = problem.with_function(functools.partial(_functional, problem.function, module_params))
+        function = with_parameters(problem.function, module_params)
+        if function is not problem.function:
+            problem = problem.with_function(function)
         residual = problem.bind(*params)
         of_packed = residual.packed(self.packing)
 
@@ -257,7 +243,7 @@ class _Flat(Problem):
     def part(self, params: Sequence[Any], rows: Tensor, samples: int) -> Residual | None:
         # The parameters of a module are everybody's; an argument whose first dimension has the size of the batch goes
         # with it, as far as shapes tell.
-        own, arguments = self.unflatten(params)
+        own, arguments = self.arguments.unflatten(params)
         shared = len(own) + sum(isinstance(t, Tensor) for t in pytree.tree_leaves(arguments[: self.base.shared]))
         return self.bind(
             *params[:shared], *[p[rows] if p.dim() and p.shape[0] == samples else p for p in params[shared:]]
@@ -265,15 +251,6 @@ class _Flat(Problem):
 
     def started(self, z: Tensor, value: Tensor) -> Problem:
         return replace(self, start=(z, value))
-
-
-def _holds(module: nn.Module, params: dict[str, Tensor]) -> bool:
-    """Whether these are the module's own parameters right now: calling it as it is saves the swap per evaluation."""
-    return all(own is given for own, given in zip(module.parameters(), params.values(), strict=True))
-
-
-def _functional(module: nn.Module, params: dict[str, Tensor], *args: Any) -> Any:
-    return torch.func.functional_call(module, params, args)
 
 
 # torch.compiler.disable would import the whole of dynamo here; this imports it when called.

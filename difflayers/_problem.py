@@ -17,7 +17,7 @@ from difflayers._autodiff import Pullback, in_functorch, pull
 from difflayers.errors import ProblemError
 from difflayers.linear import JacobianOperator, LinearOperator, Property
 
-Form = Literal["root", "fixed_point", "minimize", "least_squares", "qp"]
+Form = Literal["root", "fixed_point", "minimize", "least_squares", "qp", "ode"]
 
 
 class Residual:
