@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from difflayers._arrays import at_least_float32
+from difflayers._autodiff import primal
 
 
 class History(NamedTuple):
@@ -22,6 +23,7 @@ class History(NamedTuple):
     @classmethod
     def empty(cls, like: Tensor, memory: int) -> History:
         batch, n = like.shape
+        memory = min(memory, n + 1)  # of more, many combinations would be the best
         blank = like.new_zeros(batch, memory, n)
         gram = at_least_float32(like.new_zeros(batch, memory, memory))
         ridge = 10 * torch.finfo(gram.dtype).eps * torch.eye(memory, dtype=gram.dtype, device=gram.device)
@@ -48,12 +50,54 @@ def mix(history: History, z: Tensor, residual: Tensor, damping: float) -> tuple[
 
 
 def _weights(gram: Tensor, ridge: Tensor) -> Tensor:
-    # Relative to the smallest residual kept: an absolute regularization stops acting like Anderson once residuals
-    # are small, and the sum of weights stays one even where all residuals are the same (z + 1).
-    scale = gram.diagonal(dim1=-2, dim2=-1).amin(-1).clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None]
-    weights = torch.linalg.solve_ex(gram / scale + ridge, gram.new_ones(gram.shape[0], gram.shape[1], 1))[0]
+    # Of residuals scaled to length one: those kept span many orders of magnitude, which a regularization of another
+    # size would be lost in, or drown; and without any the matrix is singular once there are more than unknowns. The
+    # sum of weights stays one even where all residuals are the same (z + 1).
+    tiny = torch.finfo(gram.dtype).tiny ** (2 / 3)  # with a derivative that is finite
+    inverse = gram.diagonal(dim1=-2, dim2=-1).clamp_min(tiny).rsqrt().unsqueeze(-1)
+    right = inverse / inverse.amax(1, keepdim=True)
+    weights = right * _solved(gram * inverse * inverse.mT + ridge, right)
     normalized: Tensor = weights / weights.sum(1, keepdim=True)
     return normalized
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return _Solve.apply(matrix, right)  # type: ignore[no-any-return,no-untyped-call]
+    return torch.linalg.solve_ex(matrix, right)[0]  # type: ignore[no-any-return]
+
+
+class _Solve(torch.autograd.Function):
+    """``linalg.solve``, whose own forward mode over another derivative is wrong in torch 2.13."""
+
+    @staticmethod
+    def forward(matrix: Tensor, right: Tensor) -> Tensor:
+        return torch.linalg.solve_ex(matrix, right)[0]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        matrix, x = ctx.saved_tensors
+        u = _solved(matrix.mT, cotangent)
+        return -u @ x.mT, u
+
+    @staticmethod
+    def jvp(ctx: Any, matrix_tangent: Tensor, right_tangent: Tensor) -> Tensor:
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):  # for an enclosing transform
+            matrix, x = (primal(t) for t in ctx.saved_tensors)
+            return _solved(matrix, right_tangent - matrix_tangent @ x)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
+        stacked = (
+            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip(tensors, in_dims, strict=True)
+        )
+        return _solved(*stacked), 0
 
 
 def with_row(tensor: Tensor, slot: int, row: Tensor) -> Tensor:

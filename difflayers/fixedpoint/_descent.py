@@ -81,6 +81,7 @@ class LBFGS(IterativeSolver):
     serves: ClassVar[frozenset[Form]] = frozenset({"minimize", "least_squares"})
     divisible: ClassVar[bool] = True
     masked: ClassVar[bool] = True
+    traceable: ClassVar[bool] = False  # lengths of steps come from searches
 
     def init(self, residual: Residual, z: Tensor) -> Memory:
         rows = at_least_float32(_rows(residual, z))

@@ -103,6 +103,7 @@ class TrustRegion(IterativeSolver):
     serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point", "least_squares"})
     divisible: ClassVar[bool] = True
     masked: ClassVar[bool] = True
+    traceable: ClassVar[bool] = False  # radii and damping come from searches
     # Shares of the predicted decrease: below the first a step isn't taken; between the others the radius stays.
     sufficient: ClassVar[float] = 1e-4
     poor: ClassVar[float] = 0.25

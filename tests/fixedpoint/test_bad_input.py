@@ -41,7 +41,7 @@ PAIRS = [
 ]
 every_pair = pytest.mark.parametrize(("form", "name"), PAIRS)
 CLOSED = [p for p in PAIRS if p.values[0] != "least_squares"]  # where what doesn't vanish is no answer
-UNROLLABLE = [p for p in CLOSED if p.values[0] != "minimize" and not p.values[1].startswith("scipy")]
+UNROLLABLE = [p for p in CLOSED if p.values[0] != "minimize" and SOLVERS[p.values[1]].traceable]
 
 
 @dataclass(frozen=True)
