@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from difflayers._arrays import at_least_float32
 from difflayers.linear._base import Factor, IterativeLinearSolver, LinearSolution, Product
 
 Result = tuple[Tensor, Tensor, Tensor]
@@ -131,7 +132,7 @@ class _Cycle:
         """What all directions together add to the solution; then start anew."""
         used, self.used = self.used, 0
         upper, alpha = self.upper[:, :used, :used], self.alpha[:, :used].unsqueeze(-1)
-        weights = torch.linalg.solve_triangular(upper, alpha, upper=True).mT
+        weights = torch.linalg.solve_triangular(*map(at_least_float32, (upper, alpha)), upper=True).mT.to(alpha.dtype)
         self.upper = torch.zeros_like(self.upper)
         return torch.bmm(weights, self.directions[:, :used]).squeeze(1)
 
