@@ -99,8 +99,8 @@ def entmax(x: Any, alpha: Any = 1.5, dim: int = -1) -> Any:
     ``argmax_p pᵀx + (1 - Σ pᵅ)/(α(α - 1))`` over the simplex, which is ``max(0, (α - 1)x - τ)^(1/(α - 1))`` with the
     threshold ``τ`` for which it sums to one (Peters, Niculae, Martins 2019, "Sparse sequence-to-sequence models", ACL;
     learning ``alpha``: Correia, Niculae, Martins 2019, "Adaptively sparse transformers", EMNLP). 1.5 goes by sorting,
-    other numbers by bisection. Where an entry leaves zero, there is a derivative for ``alpha < 2``, none for 2, and an
-    infinite one for ``alpha > 2``.
+    other numbers by bisection. Where an entry leaves zero, there is a derivative for ``alpha < 2`` and a kink from 2
+    on; an entry that is just about to leave zero doesn't count as support.
 
     Args:
         x: scores, ``(*batch, n)``.
