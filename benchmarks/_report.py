@@ -35,11 +35,13 @@ class Report:
         quick: few repetitions: do the numbers come out at all?
         markdown: tables as ``README.md`` has them.
         only: the parts that were asked for, none for all.
+        backends: a row for every backend of ours.
     """
 
     quick: bool = False
     markdown: bool = False
     only: Sequence[str] = ()
+    backends: bool = False
     goals: list[Goal] = field(default_factory=list)
     console: Console = field(default_factory=lambda: Console(width=200, highlight=False))
 
@@ -49,7 +51,8 @@ class Report:
         parser.add_argument("--markdown", action="store_true", help="tables as README.md has them")
         options = parser.parse_args()
         torch.set_num_threads(1)
-        report = cls(options.quick, options.markdown, getattr(options, "only", None) or ())
+        only, backends = getattr(options, "only", None) or (), getattr(options, "backends", False)
+        report = cls(options.quick, options.markdown, only, backends)
         report.note(f"Python {platform.python_version()}, torch {torch.__version__}, 1 thread")
         return report
 
@@ -73,7 +76,7 @@ class Report:
             table.add_row(*row)
         self.console.print(table)
 
-    def summary(self) -> None:
-        headings = "work|torchdeq|difflayers|floor|where the time goes|asked|reached|met"
+    def summary(self, peer: str = "torchdeq") -> None:
+        headings = f"work|{peer}|difflayers|floor|where the time goes|asked|reached|met"
         rows = [(*map(str, astuple(goal)[:-1]), "yes" if goal.met else "no") for goal in self.goals]
         self.table(f"Summary: {sum(g.met for g in self.goals)} of {len(rows)} met", headings, rows)
