@@ -4,44 +4,80 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
-CORE = ("difflayers", "torch", "numpy", "scipy", "cvxpy", "torchdiffeq")
+CORE = ("difflayers", "torch", "numpy", "scipy", "cvxpy", "daqp", "piqp", "qdldl", "torchdiffeq")
 OPTIONAL = {
     "typer": "demo",
     "rich": "demo",
     "tqdm": "demo",
     "matplotlib": "demo",
     "scikit-learn": "demo",
-    "daqp": "qp",
-    "piqp": "qp",
-    "qdldl": "qp",
+    "moreau": "qp",
+    "proxsuite": "qp",
 }
+
+
+class Row(NamedTuple):
+    """One line of the report; ``good`` is None where it makes no difference to the core."""
+
+    what: str
+    state: str
+    good: bool | None = None
+
+
+def rows() -> list[Row]:
+    """Everything there is to know."""
+    found = [Row("python", platform.python_version())]
+    for name in CORE:
+        installed = version(name)
+        found.append(Row(name, installed or "missing: pip install difflayers", installed is not None))
+    healthy = all(row.good is not False for row in found)
+    if healthy:
+        found.append(Row("devices", devices()))
+    for name, extra in OPTIONAL.items():
+        found.append(Row(name, version(name) or f"not installed: pip install difflayers[{extra}]"))
+    error = self_check() if healthy else None
+    checked = "unknown until nothing is missing" if error is None else f"{error:.1e} against finite differences"
+    return [*found, Row("gradient error", checked, error is not None and error < 1e-6)]
 
 
 def run(console: Console) -> int:
     """Print the table; the exit code is 0 if the core is healthy."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("what", "state", title="difflayers doctor")
-    table.add_row("python", platform.python_version())
-    missing = [name for name in CORE if version(name) is None]
-    for name in CORE:
-        table.add_row(name, version(name) or "[red]missing[/]: pip install difflayers")
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    table.add_row("devices", f"cpu, {torch.get_num_threads()} threads; cuda: {cuda}")
-    for name, extra in OPTIONAL.items():
-        table.add_row(name, version(name) or f"not installed: pip install {_escaped(f'difflayers[{extra}]')}")
-    error = self_check()
-    healthy = not missing and error < 1e-6
-    table.add_row("gradient error", f"{error:.1e} against finite differences", style="green" if healthy else "red")
+    table, report = Table("what", "state", title="difflayers doctor"), rows()
+    for what, state, good in report:
+        table.add_row(what, escape(state), style={True: "green", False: "red", None: None}[good])
     console.print(table)
-    return 0 if healthy else 1
+    return exit_code(report)
+
+
+def run_plainly(stream: TextIO) -> int:
+    """The same as text, where rich isn't installed."""
+    report = rows()
+    width = max(len(row.what) for row in report)
+    for what, state, _ in report:
+        stream.write(f"{what:<{width}}  {state}\n")
+    return exit_code(report)
+
+
+def exit_code(report: list[Row]) -> int:
+    """0 if nothing is wrong with the core."""
+    return int(any(row.good is False for row in report))
+
+
+def devices() -> str:
+    """What torch can compute on."""
+    import torch
+
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return f"cpu, {torch.get_num_threads()} threads; cuda: {cuda}"
 
 
 def version(name: str) -> str | None:
@@ -54,6 +90,8 @@ def version(name: str) -> str | None:
 
 def self_check() -> float:
     """Relative gradient error of a small fixed point."""
+    import torch
+
     from difflayers.fixedpoint import Anderson, fixed_point
 
     def solve(a: torch.Tensor) -> torch.Tensor:
@@ -68,7 +106,3 @@ def self_check() -> float:
         units = step * torch.eye(2, dtype=torch.float64)
         numeric = torch.stack([(solve(a + unit) - solve(a - unit)) / (2 * step) for unit in units])
     return float((gradient - numeric).norm() / numeric.norm())
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
