@@ -152,6 +152,24 @@ def test_entmax_by_sorting_is_entmax_by_bisection():
     assert_close(entmax(x, 1.0001), torch.softmax(x, -1), 1e-3)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    x=st.lists(st.lists(st.floats(-1e6, 1e6), min_size=7, max_size=7), min_size=1, max_size=4),
+    radius=st.floats(1e-3, 1e6),
+)
+def test_simplex_by_cutting_is_simplex_by_sorting(x, radius):
+    x = torch.tensor(x, dtype=torch.float64)
+    cut, sorted_ = project_simplex(x, radius), vmap(lambda x: project_simplex(x, radius))(x)
+    assert_close(cut / radius, sorted_ / radius, 1e-9)
+
+
+def test_simplex_by_cutting_ends_on_hard_rows():
+    n = 2000
+    x = torch.stack([-(0.99 ** torch.arange(n)), -((torch.arange(n) / n) ** 3), torch.zeros(n), torch.arange(n) * 1.0])
+    for radius in 1e-6, 1.0, 1e3:
+        assert_close(project_simplex(x, radius), vmap(lambda x, r=radius: project_simplex(x, r))(x), 1e-11)
+
+
 @every_case
 def test_gradients(case):
     params = wanting(case.params(2))
