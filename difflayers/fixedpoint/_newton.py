@@ -48,6 +48,7 @@ class Newton(IterativeSolver):
     """
 
     max_steps: int = 50
+    patience: int = field(default=20, kw_only=True)
     refactor: int = field(default=1, kw_only=True)
     divisible: ClassVar[bool] = True
     halvings: ClassVar[int] = 12

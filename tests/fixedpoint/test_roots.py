@@ -50,6 +50,13 @@ def test_a_local_minimum_of_the_norm_is_no_root(solver):
     assert solution.status.tolist() == [Status.STALLED] * 2
 
 
+@pytest.mark.parametrize("solver", [Newton(), Newton(refactor=4)], ids=repr)
+def test_newton_without_a_root_stalls(solver):
+    solution = root(lambda z: z**2 + 1, torch.tensor([[0.5], [3.0]]), batch_dims=1, solver=solver, on_failure="ignore")
+    assert solution.status.tolist() == [Status.STALLED] * 2
+    assert solution.stats["steps"].max() < solver.max_steps
+
+
 @pytest.mark.parametrize("solver", [Dogleg(), LevenbergMarquardt(), Newton(), Newton(refactor=4)], ids=repr)
 def test_nan_at_a_trial_point_shortens_the_step(solver):
     solution = root(
