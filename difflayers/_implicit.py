@@ -57,7 +57,8 @@ class ImplicitFunction:
 
         Args:
             params: pytrees of tensors or arrays, and anything else; what the residual gets after ``z``.
-            init: where to start: a tensor, array or pytree like the unknown, or an earlier solution.
+            init: where to start: a tensor, array or pytree like the unknown, or an earlier solution. A sample that
+                starts at NaN, such as one that had no answer, is ``NONFINITE``.
 
         Raises:
             ProblemError: shapes, dtypes or devices don't fit.

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from difflayers._arrays import widen
+from difflayers._autodiff import in_functorch
 from difflayers.errors import ConvergenceWarning, SolverError, UnknownNameError
 
 OnFailure = Literal["raise", "warn", "ignore"]
@@ -101,6 +103,20 @@ def to_numpy(tree: Any) -> Any:
 def has_answer(status: Tensor) -> Tensor:
     """The tensor version of :attr:`Status.has_answer`."""
     return status <= Status.STALLED
+
+
+def restarted(earlier: Solution, fresh: Any) -> Any:
+    """The value of an earlier solution, with that of ``fresh`` in samples that have no answer."""
+    answered = has_answer(torch.as_tensor(earlier.status))
+    if not in_functorch() and bool(answered.all()):
+        return earlier.value
+
+    def merged(value: Any, other: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.where(widen(answered, value), value, torch.as_tensor(other).to(value))
+        return merged(torch.as_tensor(value), other).numpy()
+
+    return pytree.tree_map(merged, earlier.value, fresh)
 
 
 def describe_failures(status: Tensor, what: str) -> str:

@@ -9,7 +9,7 @@ from difflayers._adjoint import Adjoint, ImplicitAdjoint
 from difflayers._areas import available_solvers, resolve
 from difflayers._implicit import ImplicitFunction
 from difflayers._problem import RootProblem
-from difflayers._solution import OnFailure, Solution
+from difflayers._solution import OnFailure, Solution, restarted
 from difflayers._solver import Solver
 from difflayers.fixedpoint._least_squares import LeastSquaresProblem
 from difflayers.fixedpoint._minimize import MinimizeProblem
@@ -36,7 +36,8 @@ def root(
         batch_dims: leading dimensions of ``z`` that index independent systems; 0 is one system of any shape.
         solver: a solver object, or the name of one with its defaults.
         adjoint: the derivative rule; None is :class:`~difflayers.ImplicitAdjoint`.
-        init: a warm start that takes precedence over ``z0``: a value like it, or an earlier solution.
+        init: a warm start that takes precedence over ``z0``: a value like it, or an earlier solution, whose samples
+            without an answer start from ``z0`` again.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``.
 
     Raises:
@@ -143,4 +144,10 @@ def _call(
 ) -> Solution:
     solver = resolve(solver, available_solvers("fixedpoint"))
     function = ImplicitFunction(problem, solver, adjoint or ImplicitAdjoint(), on_failure)
-    return function(*args, init=z0 if init is None else init)
+    return function(*args, init=_start(z0, init))
+
+
+def _start(z0: Any, init: Any) -> Any:
+    if not isinstance(init, Solution):
+        return z0 if init is None else init
+    return restarted(init, z0)

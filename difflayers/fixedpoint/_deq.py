@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 from difflayers._adjoint import Adjoint, ImplicitAdjoint
 from difflayers._areas import available_solvers, resolve
-from difflayers._arrays import Packing, widen
+from difflayers._arrays import Packing
 from difflayers._implicit import ImplicitFunction
-from difflayers._solution import OnFailure, Solution, has_answer
+from difflayers._solution import OnFailure, Solution, restarted
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.fixedpoint._equilibrium import View, all_answered, recording, squared_jacobian
@@ -166,10 +166,7 @@ class DEQ(nn.Module):
         if isinstance(init, Solution) and all_answered(init.status):
             return init.value
         fresh = self._fresh(args)
-        if init is None:
-            return fresh
-        answered = has_answer(init.status)
-        return pytree.tree_map(lambda v, f: torch.where(widen(answered, v), v, f), init.value, fresh)
+        return fresh if init is None else restarted(init, fresh)
 
     def _fresh(self, args: tuple[Any, ...]) -> Any:
         if self.start is not None:

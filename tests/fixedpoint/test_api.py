@@ -1,5 +1,7 @@
 """root and fixed_point: structures, boundaries, wrong calls."""
 
+from dataclasses import replace
+
 import contracts
 import numpy as np
 import problems
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difflayers import Status, available_solvers
+from difflayers import ImplicitFunction, RootProblem, Status, available_solvers
 from difflayers.errors import ConvergenceWarning, ProblemError, SolverError
 from difflayers.fixedpoint import Anderson, Newton, Picard, ScipyRoot, fixed_point, root
 
@@ -76,6 +78,34 @@ def test_warm_start_takes_fewer_steps():
     for init in (first, first.value):
         again = fixed_point(problems.tanh_cell, torch.zeros(3, 4), params, batch_dims=1, init=init)
         assert again.stats["steps"].max() == 0
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+def test_samples_without_an_answer_start_afresh(numpy):
+    def fn(z, x):
+        return {"u": 0.5 * torch.cos(z["v"]) + x, "v": 0.5 * torch.sin(z["u"])}
+
+    x = torch.tensor([[0.1], [torch.nan], [0.3]])
+    z0 = {"u": torch.full((3, 1), 0.2), "v": torch.full((3, 1), 0.4)}
+    if numpy:
+        x, z0 = x.numpy(), {name: leaf.numpy() for name, leaf in z0.items()}
+    first = fixed_point(fn, z0, (x,), batch_dims=1, on_failure="ignore")
+    assert first.status.tolist() == [0, 3, 0]
+    healed = np.full((3, 1), 0.2) if numpy else torch.full((3, 1), 0.2)
+    again = fixed_point(fn, z0, (healed,), batch_dims=1, init=first)
+    cold = fixed_point(fn, z0, (healed,), batch_dims=1)
+    assert again.status.tolist() == [0] * 3
+    assert isinstance(again.value["u"], np.ndarray) == numpy
+    contracts.assert_close(torch.as_tensor(again.value["u"]), torch.as_tensor(cold.value["u"]))
+    assert again.stats["steps"][1] == cold.stats["steps"][1]
+
+
+def test_implicit_function_has_nowhere_else_to_start():
+    solve = ImplicitFunction(RootProblem(lambda z, a: z**2 - a, 1), Newton(), on_failure="ignore")
+    first = solve(torch.tensor([4.0, -1.0]), init=torch.tensor([1.0, 1.0]))
+    assert first.status.tolist()[0] == 0
+    again = solve(torch.tensor([4.0, 9.0]), init=replace(first, value=torch.tensor([2.0, torch.nan])))
+    assert again.status.tolist() == [Status.SUCCESS, Status.NONFINITE]
 
 
 @settings(max_examples=30, deadline=None)
