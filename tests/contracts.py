@@ -91,7 +91,8 @@ def check_gradients(case, solver, adjoint, order=2, tolerance=1e-6):
     call = layer(case, solver, adjoint)
     assert torch.autograd.gradcheck(call, params, check_forward_ad=True, check_batched_grad=True)
     if order > 1:
-        assert torch.autograd.gradgradcheck(call, params, check_batched_grad=True)
+        # Along one random direction: every column would be most of the time of all tests.
+        assert torch.autograd.gradgradcheck(call, params, fast_mode=True, check_batched_grad=True)
     ours = torch.autograd.grad(call(*params).pow(3).sum(), params)
     closed = torch.autograd.grad(case.answer(*params).pow(3).sum(), params)
     assert_close(ours, closed, tolerance)

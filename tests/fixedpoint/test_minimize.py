@@ -90,12 +90,12 @@ def test_nonfinite_objectives_leave_the_others_alone(solver):
 
 @pytest.mark.parametrize("solver", TRUST, ids=repr)
 def test_linear_least_squares(solver):
-    A, b = torch.randn(3, 6, 4), torch.randn(3, 6)
+    A, b = torch.randn(2, 4, 2), torch.randn(2, 4)
 
     def call(A, b):
         return least_squares(
             lambda z, A, b: (A @ z.unsqueeze(-1)).squeeze(-1) - b,
-            torch.zeros(3, 4),
+            torch.zeros(2, 2),
             (A, b),
             batch_dims=1,
             solver=solver,
@@ -118,7 +118,7 @@ def test_curve_fits_and_their_second_derivatives(solver):
     gradient = torch.func.vmap(torch.func.grad(lambda z, y: curve(z, y, t).square().sum() / 2))(z, y)
     assert gradient.abs().max() < 1e-9
     assert torch.autograd.gradcheck(call, contracts.wanting((y,)))
-    assert torch.autograd.gradgradcheck(call, contracts.wanting((y,)), atol=1e-4, rtol=1e-3)
+    assert torch.autograd.gradgradcheck(call, contracts.wanting((y,)), atol=1e-4, rtol=1e-3, fast_mode=True)
 
 
 def test_numpy_and_pytrees():
