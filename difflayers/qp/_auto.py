@@ -7,28 +7,40 @@ from dataclasses import dataclass
 
 from difflayers.qp._clarabel import Clarabel
 from difflayers.qp._daqp import DAQP
-from difflayers.qp._data import Data
+from difflayers.qp._data import Data, Layout
 from difflayers.qp._piqp import PIQP
 from difflayers.qp._solver import Answers, QPSolver
 
 
 @dataclass(frozen=True)
 class Auto(QPSolver):
-    """DAQP for small strictly convex problems, PIQP for others; what they leave open goes to the next, Clarabel last.
+    """A backend chosen by curvature and size; what it leaves open goes to others, before it is reported.
+
+    DAQP where every ``P`` is dense and positive definite and there are few unknowns and inequalities, PIQP otherwise.
+    PIQP and then Clarabel get the samples that are neither solved nor proved to have no solution. Equations alone need
+    no backend.
 
     Args:
-        small: up to how many unknowns a problem is small.
+        unknowns: up to how many there are few.
+        inequalities: up to how many there are few; a bound counts twice, since PIQP makes less of them.
     """
 
-    small: int = 150
+    unknowns: int = 150
+    inequalities: int = 300
 
     def choices(self, data: Data) -> Sequence[QPSolver]:
+        if not data.layout.inequalities:
+            return (self,)
         others = (PIQP(), Clarabel())
-        return (DAQP(), *others) if self._is_small_and_curved(data) else others
+        return (DAQP(), *others) if not data.sparse and self._is_small(data.layout) and _is_curved(data) else others
 
     def answers(self, data: Data, count: int) -> Answers:
         return self.choices(data)[0].answers(data, count)
 
-    def _is_small_and_curved(self, data: Data) -> bool:
-        curvature = data.curvature
-        return curvature is not None and data.layout.n <= self.small and bool(curvature[1].all())
+    def _is_small(self, layout: Layout) -> bool:
+        rows = layout.m + 2 * (layout.low + layout.high)
+        return layout.n <= self.unknowns and rows <= self.inequalities
+
+
+def _is_curved(data: Data) -> bool:
+    return data.curvature is not None and bool(data.curvature[1].all())

@@ -13,7 +13,9 @@ from difflayers.errors import MissingBackendError
 from difflayers.qp._data import Data
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-TOLERANCE = 1e-6
+TOLERANCE, ROUNDING = 1e-7, 1e-9
+# What is this many times longer than the data suggest isn't there.
+FAR, ENDLESS = 1e3, 1e12
 
 
 def certified(data: Data, status: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,10 +71,17 @@ def _farkas(P: Array, q: Array, A: Array, b: Array, C: Array, d: Array) -> Array
     if scale == 0:
         return None
     y, z = y / scale, z / scale
-    value = b @ y + np.where(finite, d, 0) @ z
-    size_of_rows = 1 + max(np.abs(A).max(initial=0), np.abs(C).max(initial=0))
-    proved = np.abs(A.T @ y + C.T @ z).max(initial=0) <= TOLERANCE * size_of_rows and value < -TOLERANCE
+    sides, rest = np.where(finite, d, 0), np.abs(A.T @ y + C.T @ z).sum()
+    value, size = b @ y + sides @ z, np.abs(b) @ np.abs(y) + np.abs(sides) @ z
+    # A point that satisfies all rows would have entries of at least -value / rest.
+    proved = value < -ROUNDING * size and -value > FAR * rest * max(_reach(A, b), _reach(C, sides))
     return np.r_[np.zeros(n), y, z] if proved else None
+
+
+def _reach(rows: Array, sides: Array) -> Any:
+    """The largest distance from zero to where a row holds."""
+    length = np.linalg.norm(rows, axis=1)
+    return np.divide(np.abs(sides), length, out=np.zeros(len(length)), where=length > 0).max(initial=0)
 
 
 def _ray(P: Array, q: Array, A: Array, b: Array, C: Array, d: Array) -> Array | None:
@@ -84,9 +93,13 @@ def _ray(P: Array, q: Array, A: Array, b: Array, C: Array, d: Array) -> Array | 
     if found is None:
         return None
     x = found[0] / max(np.abs(found[0]).max(), 1e-300)
-    stays = max(np.abs(P @ x).max(initial=0), np.abs(A @ x).max(initial=0), (C[bounding] @ x).max(initial=0))
-    largest = 1 + max(np.abs(m).max(initial=0) for m in (P, A, C))
-    proved = stays <= TOLERANCE * largest and q @ x < -TOLERANCE * np.abs(q).max()
+    falls = -q @ x
+    stays = all(
+        (np.linalg.norm(M, axis=1) * TOLERANCE >= step).all()
+        for M, step in ((A, np.abs(A @ x)), (C[bounding], C[bounding] @ x))
+    )
+    # Where there is curvature, the objective falls up to the length falls / xᵀPx.
+    proved = stays and falls > ROUNDING * np.abs(q).max() and falls >= ENDLESS * (x @ P @ x)
     return np.r_[x, np.zeros(len(b) + len(d))] if proved else None
 
 

@@ -19,6 +19,7 @@ from difflayers.qp._jacobian import Inverse
 from difflayers.qp._polish import Polished, polished
 from difflayers.qp._problem import QPProblem
 from difflayers.qp._reduced import Reduced
+from difflayers.qp._scaling import Scaling
 
 
 class Answers(NamedTuple):
@@ -49,6 +50,7 @@ class QPSolver(Solver):
 
     serves: ClassVar[frozenset[Form]] = frozenset({"qp"})
     accuracy: ClassVar[float] = 1e-7
+    sparse: ClassVar[bool] = False  # whether its backend takes sparse matrices; the others get dense ones
 
     @abstractmethod
     def answers(self, data: Data, count: int) -> Answers:
@@ -84,6 +86,7 @@ class Work:
         self.status = torch.zeros(samples, dtype=torch.int64, device=like.device)
         self.steps = torch.zeros_like(self.status)
         self.degenerate = torch.zeros_like(self.status, dtype=torch.bool)
+        self.exact = torch.zeros_like(self.degenerate)
         self.reduced: Reduced | None = None  # of all samples, if all were verified at once
 
     def run(self, guess: Tensor | None) -> None:
@@ -97,20 +100,22 @@ class Work:
         if bool(going.any()):
             self._cold(going, backend)
         self._judge()
-        for other in others:
-            left = going & ~self._settled()
-            if bool(left.any()):
-                self._ask(other, left)
+        if bool(self._open(going).any()):
+            self._ask([backend, *others], going)
 
     def _warm(self, going: Tensor, guess: Tensor) -> Tensor:
         """Which samples the guess was right for, perhaps after a few corrections."""
         layout = self.data.layout
         active = ((guess[:, layout.n + layout.p :] > 0) & self.limits.isfinite())[going]
-        return self._take(going, polished(self._part(going), active, rounds=3))
+        x, y, v = guess[going].split((layout.n, layout.p, layout.inequalities), dim=-1)
+        return self._take(going, polished(self._part(going), active, (x, y, v.clamp_min(0)), rounds=3))
 
     def _cold(self, going: Tensor, backend: QPSolver) -> None:
         part, count = self._part(going), int(going.sum())
-        found = backend.answers(part, count) if part.layout.inequalities else _equations_only(part, count)
+        if part.layout.inequalities:
+            found = backend.answers(part if backend.sparse else part.dense(), count)
+        else:
+            found = _equations_only(part, count)
         self.steps[going], self.status[going] = found.steps, found.status.to(self.status.dtype)
         solved = going & has_answer(self.status)
         if not bool(solved.any()):
@@ -118,38 +123,62 @@ class Work:
         here = slice(None) if count == int(solved.sum()) else has_answer(found.status)
         x, z, part = found.x[here], found.z[here], self._part(solved)
         active = z > self.limits[solved] - part.products(x)
-        self.x[solved], self.y[solved], self.z[solved], self.active[solved] = x, found.y[here], z, active
-        self._take(solved, polished(part, active))
+        self.x[solved], self.y[solved], self.active[solved] = x, found.y[here], active
+        self.z[solved] = torch.where(active, z, 0)
+        self._take(solved, polished(part, active, (x, found.y[here], z)))
 
     def _take(self, samples: Tensor, exact: Polished) -> Tensor:
         """Take over what was verified; which samples that are."""
         if bool(exact.verified.all()) and len(exact.verified) == self.samples:
             self.x, self.y, self.z, self.active, _, self.reduced = exact
-            self.degenerate = self.reduced.degenerate
+            self.degenerate, self.exact = self.reduced.degenerate, exact.verified
             return samples
         right = samples.index_put((samples.clone(),), exact.verified)
         for name in ("x", "y", "z", "active"):
             getattr(self, name)[right] = getattr(exact, name)[exact.verified]
-        self.degenerate[right] = exact.reduced.degenerate[exact.verified]
+        self.degenerate[right], self.exact[right] = exact.reduced.degenerate[exact.verified], True
         return right
 
     def _part(self, samples: Tensor) -> Data:
         return self.data if bool(samples.all()) else self.data.rows(samples)
 
-    def _ask(self, other: QPSolver, left: Tensor) -> None:
-        """Take over what another backend settles."""
+    def _ask(self, backends: Sequence[QPSolver], going: Tensor) -> None:
+        """Ask the first backend again where bad scaling may have misled it, then the others, about what is open."""
         self.reduced = None
-        work = Work(other, self._part(left), int(left.sum()))
+        left = self._open(going)
+        if not (not self.data.sparse and Scaling(self._part(left), int(left.sum())).severe):
+            backends = backends[1:]
+        for backend in backends:
+            left = self._open(going)
+            if bool(left.any()):
+                self._adopt(left, backend)
+        self.residual = self._violation()
+
+    def _adopt(self, left: Tensor, backend: QPSolver) -> None:
+        """Take over what another backend settles of the scaled problem, and what it solves if nobody did."""
+        part, count = self._part(left), int(left.sum())
+        scaling = None if part.sparse else Scaling(part, count)
+        work = Work(backend, part if scaling is None else scaling.data, count)
         work.run(None)
-        settled = work._settled()
-        here = left.index_put((left.clone(),), settled)
-        for name in ("x", "y", "z", "active", "status", "steps", "degenerate", "residual", "proofs"):
-            getattr(self, name)[here] = getattr(work, name)[settled]
+        solved = self.status[left] == int(Status.SUCCESS)
+        better = ~work._open(torch.ones_like(solved)) | ((work.status == int(Status.SUCCESS)) & ~solved)
+        if scaling is not None:
+            work.y, work.z = scaling.multipliers(work.y, work.z)
+            work.proofs = scaling.proof(work.proofs)
+        here = left.index_put((left.clone(),), better)
+        for name in ("x", "y", "z", "active", "status", "steps", "degenerate", "exact", "proofs"):
+            getattr(self, name)[here] = getattr(work, name)[better]
+
+    def _open(self, going: Tensor) -> Tensor:
+        """Which of these samples are neither solved exactly nor proved to have no solution."""
+        return going & ~self.exact & ~self._proved()
+
+    def _violation(self) -> Tensor:
+        return self.data.violation(self.x, self.y, self.z, self.limits - self.data.products(self.x))
 
     def _judge(self) -> None:
         """The statuses that the conditions, and proofs that there is no solution, allow."""
-        slack = self.limits - self.data.products(self.x)
-        self.residual = self.data.violation(self.x, self.y, self.z, slack)
+        self.residual = self._violation()
         right = self.residual <= self.solver.accuracy * (1 + self.data.magnitude)
         answered, success = has_answer(self.status), self.status == int(Status.SUCCESS)
         self.status[answered & right] = int(Status.SUCCESS)
@@ -158,10 +187,6 @@ class Work:
         doubtful = (self.status != int(Status.SUCCESS)) & (self.status != int(Status.NONFINITE))
         if bool(doubtful.any()):
             self.status[doubtful], self.proofs[doubtful] = certified(self._part(doubtful), self.status[doubtful])
-
-    def _settled(self) -> Tensor:
-        """Which samples are solved, or known to have no solution."""
-        return (self.status == int(Status.SUCCESS)) | self._proved()
 
     def _proved(self) -> Tensor:
         return (self.status == int(Status.INFEASIBLE)) | (self.status == int(Status.UNBOUNDED))
