@@ -146,7 +146,10 @@ class Work:
         """Ask the first backend again where bad scaling may have misled it, then the others, about what is open."""
         self.reduced = None
         left = self._open(going)
-        if not (not self.data.sparse and Scaling(self._part(left), int(left.sum())).severe):
+        if not self.data.sparse and Scaling(self._part(left), int(left.sum())).severe:
+            # In these units a small residual says little.
+            self.status[left & (self.status == int(Status.SUCCESS))] = int(Status.STALLED)
+        else:
             backends = backends[1:]
         for backend in backends:
             left = self._open(going)
