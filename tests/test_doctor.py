@@ -32,7 +32,7 @@ def bare(hidden, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("hidden", ["typer", "rich", "typer,rich,tqdm,matplotlib"])
+@pytest.mark.parametrize("hidden", ["rich", "typer,rich,tqdm,matplotlib"])
 def test_a_bare_install_gets_the_same_rows(hidden):
     done = bare(hidden, "doctor")
     assert done.returncode == 0, done.stderr
