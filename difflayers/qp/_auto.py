@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from difflayers.qp._clarabel import Clarabel
 from difflayers.qp._daqp import DAQP
 from difflayers.qp._data import Data, Layout
+from difflayers.qp._interior_point import InteriorPoint
 from difflayers.qp._piqp import PIQP
 from difflayers.qp._solver import Answers, QPSolver
 
 
 @dataclass(frozen=True)
 class Auto(QPSolver):
-    """A backend chosen by curvature and size; what it leaves open goes to others, before it is reported.
+    """A backend chosen by device, curvature and size; what it leaves open goes to others, before it is reported.
 
-    DAQP where every ``P`` is dense and positive definite and there are few unknowns and inequalities, PIQP otherwise.
-    PIQP and then Clarabel get the samples that are neither solved nor proved to have no solution. Equations alone need
-    no backend.
+    On a GPU InteriorPoint; otherwise DAQP where every ``P`` is dense and positive definite and there are few unknowns
+    and inequalities, and PIQP where not. PIQP and then Clarabel get the samples that are neither solved nor proved to
+    have no solution. Equations alone need no backend.
 
     Args:
         unknowns: up to how many there are few.
@@ -32,6 +33,8 @@ class Auto(QPSolver):
         if not data.layout.inequalities:
             return (self,)
         others = (PIQP(), Clarabel())
+        if data.q.device.type != "cpu":
+            return (InteriorPoint(), *others)
         return (DAQP(), *others) if not data.sparse and self._is_small(data.layout) and _is_curved(data) else others
 
     def answers(self, data: Data, count: int) -> Answers:

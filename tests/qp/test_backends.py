@@ -11,7 +11,7 @@ import torch
 
 from difflayers import Status
 from difflayers.errors import MissingBackendError, ProblemError, SolverError, UnknownNameError
-from difflayers.qp import DAQP, OSQP, PIQP, Auto, Clarabel, HiGHS, Moreau, ProxQP, QPSolver, solve_qp
+from difflayers.qp import DAQP, OSQP, PIQP, Auto, Clarabel, HiGHS, InteriorPoint, Moreau, ProxQP, QPSolver, solve_qp
 from difflayers.qp._data import NAMES, Data
 from difflayers.qp._solver import Answers
 
@@ -21,7 +21,7 @@ def needs(package, *solvers):
     return [pytest.param(solver, marks=missing) for solver in solvers]
 
 
-QP = [Auto(), DAQP(), PIQP(), Clarabel(), OSQP(), *needs("proxsuite", ProxQP()),
+QP = [Auto(), DAQP(), PIQP(), Clarabel(), OSQP(), InteriorPoint(), *needs("proxsuite", ProxQP()),
       *needs("moreau", Moreau(), Moreau(method="active_set"))]  # fmt: skip
 LP = [*QP, HiGHS()]
 every_solver = pytest.mark.parametrize("solver", QP, ids=repr)
@@ -351,7 +351,7 @@ def test_unknown_method_of_moreau():
         Moreau(method="active-set")
 
 
-def test_auto_chooses_by_curvature_and_size():
+def test_auto_chooses_by_device_curvature_and_size():
     chosen = lambda blocks, **fields: solve_qp(**blocks, solver=Auto(**fields)).solver  # noqa: E731
     blocks = problem()
     assert chosen(blocks) == DAQP()
@@ -361,6 +361,8 @@ def test_auto_chooses_by_curvature_and_size():
     assert chosen(blocks, inequalities=3 + 2 * 8) == DAQP()
     assert chosen(blocks, inequalities=3 + 2 * 8 - 1) == PIQP()
     assert chosen(without(blocks, "G", "h", "lb", "ub")) == Auto()
+    elsewhere = Data(**{name: block.to("meta") for name, block in blocks.items()})
+    assert Auto().choices(elsewhere)[0] == InteriorPoint()
     assert solve_qp(**blocks).solver == DAQP()
     assert solve_qp(**blocks, solver="osqp").solver == OSQP()
 
