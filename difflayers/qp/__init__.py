@@ -6,6 +6,7 @@ from difflayers.qp._auto import Auto
 from difflayers.qp._clarabel import Clarabel
 from difflayers.qp._daqp import DAQP
 from difflayers.qp._highs import HiGHS
+from difflayers.qp._interior_point import InteriorPoint
 from difflayers.qp._layer import QPLayer
 from difflayers.qp._moreau import Moreau
 from difflayers.qp._osqp import OSQP
@@ -13,12 +14,14 @@ from difflayers.qp._piqp import PIQP
 from difflayers.qp._problem import QPProblem
 from difflayers.qp._proxqp import ProxQP
 from difflayers.qp._solver import QPSolver
+from difflayers.qp._sparse import Sparse
 
 SOLVERS = {
     "auto": Auto,
     "clarabel": Clarabel,
     "daqp": DAQP,
     "highs": HiGHS,
+    "interior_point": InteriorPoint,
     "moreau": Moreau,
     "osqp": OSQP,
     "piqp": PIQP,
@@ -32,12 +35,14 @@ __all__ = [
     "Auto",
     "Clarabel",
     "HiGHS",
+    "InteriorPoint",
     "Moreau",
     "ProxQP",
     "QPLayer",
     "QPProblem",
     "QPSolution",
     "QPSolver",
+    "Sparse",
     "projections",
     "solve_qp",
 ]
