@@ -22,14 +22,14 @@ from peers import Method, torchdeq_approximate, torchdeq_exact
 from torch import Tensor, nn
 
 from difflayers import ImplicitAdjoint, ImplicitFunction, Solver, linear
-from difflayers.fixedpoint import DEQ, Anderson, Broyden, FixedPointProblem, Picard
+from difflayers.fixedpoint import DEQ, Anderson, Broyden, FixedPointProblem, Newton, Picard
 
 
 @dataclass(frozen=True)
 class Ours:
     """A deep equilibrium layer as a method of the benchmark, held to the tolerance of the case."""
 
-    solver: type[Anderson] | type[Broyden] | type[Picard]
+    solver: type[Anderson] | type[Broyden] | type[Newton] | type[Picard]
     linear_solver: linear.LinearSolver
 
     def __call__(self, case: Case) -> Callable[[], Tensor]:
@@ -51,18 +51,21 @@ COLD = "Anderson, linear.GCR"
 EXACT: dict[str, Method] = {
     DEFAULT: Ours(Anderson, linear.Auto()),
     LEARNT: Ours(Broyden, linear.Auto()),
-    COLD: Ours(Anderson, linear.GCR(memory=40)),
+    COLD: Ours(Anderson, linear.GCR()),
     "Anderson, linear.GMRES": Ours(Anderson, linear.GMRES()),
+    "Anderson, linear.BiCGSTAB": Ours(Anderson, linear.BiCGSTAB()),
     "Picard, ImplicitAdjoint()": Ours(Picard, linear.Auto()),
     "Picard, linear.Picard": Ours(Picard, linear.Picard()),
 }
+# Where a Jacobian per sample is small enough to be formed.
+DENSE: dict[str, Method] = {"Newton, ImplicitAdjoint()": Ours(Newton, linear.Auto())}
 APPROXIMATE: dict[str, Method] = {
     "Anderson, linear.Neumann(5)": Ours(Anderson, linear.Neumann(5)),
     "Anderson, linear.Identity": Ours(Anderson, linear.Identity()),
 }
 
 
-def solver(kind: type[Anderson] | type[Broyden] | type[Picard], case: Case) -> Solver:
+def solver(kind: type[Anderson] | type[Broyden] | type[Newton] | type[Picard], case: Case) -> Solver:
     """A solver with its defaults, but for the tolerance and the number of steps."""
     return kind(rtol=case.tolerance, atol=0.0, max_steps=case.steps)
 
@@ -104,14 +107,15 @@ def _timing(report: Report, name: str, asked: float, float32: float | None = Non
     if float32 is not None:
         case = case.in_float32(float32)
     small = isinstance(case.cell, _cells.Dense)
-    methods = {**EXACT, **torchdeq_exact()}
+    own = {**EXACT, **(DENSE if case.z0.shape[1] <= 64 else {})}
+    methods = {**own, **torchdeq_exact()}
     if small and not report.quick:
         methods |= {**APPROXIMATE, **torchdeq_approximate()}
     comparison = compare(
         case, methods, gradient, 20 if small and not report.quick else 5 if small else 3 - report.quick
     )
     _report_times(report, comparison)
-    (_, peer), (name, ours) = comparison.best(torchdeq_exact()), comparison.best(EXACT)
+    (_, peer), (name, ours) = comparison.best(torchdeq_exact()), comparison.best(own)
     ratio, default = peer.total / ours.total, peer.total / comparison.results[DEFAULT].total
     report.goal(
         Goal(
