@@ -14,7 +14,6 @@ from difflayers.qp._piqp import PIQP
 from difflayers.qp._problem import QPProblem
 from difflayers.qp._proxqp import ProxQP
 from difflayers.qp._solver import QPSolver
-from difflayers.qp._sparse import Sparse
 
 SOLVERS = {
     "auto": Auto,
@@ -42,7 +41,6 @@ __all__ = [
     "QPProblem",
     "QPSolution",
     "QPSolver",
-    "Sparse",
     "projections",
     "solve_qp",
 ]
