@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from difflayers import errors, fixedpoint, linear, plot
+    from difflayers import errors, fixedpoint, linear, ode, plot
     from difflayers._adjoint import Adjoint, ImplicitAdjoint, UnrolledAdjoint
     from difflayers._areas import available_solvers
     from difflayers._implicit import ImplicitFunction
@@ -31,7 +31,7 @@ _HOMES = {
     "_solver": ("CallableSolver", "HostResidual", "HostResult", "HostSolver", "IterativeSolver", "Solver"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = ("errors", "fixedpoint", "linear", "plot")
+_MODULES = ("errors", "fixedpoint", "linear", "ode", "plot")
 
 __all__ = [
     "Adjoint",
@@ -56,6 +56,7 @@ __all__ = [
     "fixedpoint",
     "linear",
     "monitor",
+    "ode",
     "plot",
 ]
 

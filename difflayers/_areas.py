@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError, UnknownNameError
 
-AREAS = ("fixedpoint", "qp")
+AREAS = ("fixedpoint", "ode", "qp")
 
 
 def available_solvers(area: str) -> dict[str, type[Solver]]:

@@ -17,7 +17,7 @@ from difflayers._autodiff import Pullback, in_functorch, pull
 from difflayers.errors import ProblemError
 from difflayers.linear import JacobianOperator, LinearOperator, Property
 
-Form = Literal["root", "fixed_point", "minimize", "least_squares", "qp", "ode"]
+Form = Literal["root", "fixed_point", "minimize", "least_squares", "qp", "cone", "ode"]
 
 
 class Residual:
@@ -178,7 +178,7 @@ class RootProblem(Problem):
             ProblemError: a sample's residual depends on another sample's unknown.
         """
         if self.batch_dims and not in_functorch():
-            _check_independence(self.bind(*params).raw, init, self.batch_dims)
+            check_independence(self.bind(*params).raw, init, self.batch_dims)
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _matched_leaf(value: Any, z: Tensor, name: str) -> Tensor:
     return value
 
 
-def _check_independence(fn: Callable[[Any], Any], init: Any, batch_dims: int) -> None:
+def check_independence(fn: Callable[[Any], Any], init: Any, batch_dims: int) -> None:
     leaves, structure = pytree.tree_flatten(init)
     samples = leaves[0].shape[:batch_dims].numel()
     if samples < 2 or leaves[0].numel() == 0:

@@ -1,0 +1,192 @@
+"""Functions: state the problem, get the solution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difflayers._adjoint import Adjoint
+from difflayers._areas import available_solvers, resolve
+from difflayers._arguments import Arguments
+from difflayers._arrays import check_devices, to_tensors, uses_numpy
+from difflayers._autodiff import Autocast, in_functorch, without_autocast
+from difflayers._problem import check_independence
+from difflayers._solution import OnFailure, Solution, to_numpy
+from difflayers._solver import Solver
+from difflayers.errors import ProblemError
+from difflayers.ode._checkpointed import CheckpointedAdjoint
+from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._state import State
+
+
+@dataclass(frozen=True)
+class ODESolution(Solution):
+    """The states at the output times; ``value`` is :attr:`ys`. NaN from where a sample failed.
+
+    ``stats`` has, for every sample, ``steps`` that were tried, of which ``accepted`` and ``rejected``, ``evaluations``
+    of ``fn``, the ``time`` that the solve got to, and how many ``outputs`` lie before it.
+
+    Attributes:
+        t: the output times, ``(T,)`` or ``(*batch, T)``.
+    """
+
+    t: Any = None
+
+    @property
+    def ys(self) -> Any:
+        """The states, ``(T, *batch, ...)``, in the structure of ``y0``."""
+        return self.value
+
+    def numpy(self) -> ODESolution:
+        """The same with NumPy arrays, detached, on the CPU."""
+        plain = super().numpy()
+        return ODESolution(plain.value, plain.status, plain.stats, plain.state, to_numpy(self.t))
+
+
+def odeint(
+    fn: Callable[..., Any],
+    y0: Any,
+    t: Any,
+    args: Sequence[Any] = (),
+    *,
+    batch_dims: int = 0,
+    solver: str | Solver = "dopri5",
+    adjoint: Adjoint | None = None,
+    event: Any = None,
+    on_failure: OnFailure = "raise",
+) -> ODESolution:
+    """Solve ``dy/dt = fn(t, y, *args)`` with ``y(t[0]) = y0``; differentiable in ``y0``, ``t`` and ``args``.
+
+    Args:
+        fn: a function or ``nn.Module``, whose parameters are then differentiated too; returns what is shaped like
+            ``y``. It gets ``t`` as one number where all samples step together, otherwise shaped ``(*batch, 1, …)`` to
+            broadcast over ``y`` (over its first leaf, if it is a tree).
+        y0: the state at ``t[0]``, ``(*batch, ...)``, real or complex: a tensor, an array (then the answer is one), or
+            a pytree of them.
+        t: output times, increasing or decreasing, ``(T,)``; ``(*batch, T)`` gives every sample its own, and its own
+            steps. Equal times are fine.
+        args: further arguments of ``fn``; pytrees of tensors or arrays.
+        batch_dims: leading dimensions of ``y0`` that index independent systems; 0 is one system of any shape.
+        solver: a solver object, or the name of one with its defaults.
+        adjoint: the derivative rule; None is :class:`CheckpointedAdjoint`.
+        event: not there yet.
+        on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``: a sample that fails is NaN from there on.
+
+    Raises:
+        ProblemError: shapes, dtypes or names don't fit, or ``t`` isn't monotone.
+        SolverError: a sample failed and ``on_failure`` is ``"raise"``.
+
+    >>> import torch
+    >>> from difflayers.ode import odeint
+    >>> rate = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    >>> y0, t = torch.ones(2, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    >>> ys = odeint(lambda t, y, rate: -rate * y, y0, t, (rate,)).ys
+    >>> ys.shape, round(ys[-1, 0].item(), 5)
+    (torch.Size([2, 2]), 0.36788)
+    >>> ys[-1, 0].backward()
+    >>> round(rate.grad.item(), 5)
+    -0.36788
+    """
+    return integrate(fn, y0, t, args, batch_dims, solver, adjoint, event, on_failure)
+
+
+def integrate(
+    fn: Callable[..., Any],
+    y0: Any,
+    t: Any,
+    args: Sequence[Any],
+    batch_dims: int,
+    solver: str | Solver,
+    adjoint: Adjoint | None,
+    event: Any,
+    on_failure: OnFailure,
+    checked: set[Any] | None = None,
+) -> ODESolution:
+    """:func:`odeint`, which remembers in ``checked`` what it needn't check again."""
+    if event is not None:
+        raise ProblemError("events aren't there yet; leave event=None, and look for crossings in solution.ys")
+    numpy = uses_numpy(y0, (t, args))
+    y0 = to_tensors(y0)
+    state = State.of(y0, batch_dims)
+    start = state.pack(y0)
+    args = to_tensors(tuple(args), start)
+    times = output_times(t, state, start)
+    arguments, tensors = Arguments.of(fn, args)
+    check_devices(list(tensors), start)
+    problem = InitialValueProblem(fn, state, arguments, Autocast.current(start.device))
+    chosen, rule = resolve(solver, available_solvers("ode")), adjoint or CheckpointedAdjoint()
+    if reason := chosen.supports(problem) or rule.supports(problem, chosen):
+        raise TypeError(f"{chosen!r} and {rule!r} can't serve here: {reason}")
+    with without_autocast(start.device):
+        _check_promise(problem, start, times, tensors, checked)
+        found = rule.apply(problem, chosen, (start, times, *tensors), start.detach(), on_failure)
+    solution = _as_given(found, state, times)
+    return solution.numpy() if numpy else solution
+
+
+def output_times(t: Any, state: State, like: Tensor) -> Tensor:
+    """``t`` as a tensor ``(T,)`` or ``(samples, T)``.
+
+    Raises:
+        ProblemError: it is empty, of another shape, not finite or not monotone.
+    """
+    times = torch.as_tensor(to_tensors(t), device=like.device)
+    if not times.is_floating_point():
+        if times.is_complex():
+            raise ProblemError("t is complex, but time is real")
+        times = times.to(like.dtype)
+    if times.dim() == 0 or times.shape[-1] == 0:
+        raise ProblemError(f"t has shape {tuple(times.shape)}; pass the output times, the first one that of y0")
+    if times.dim() > 1 and (times.shape[:-1] != state.batch or not state.batch):
+        raise ProblemError(
+            f"t has shape {tuple(times.shape)}, but must be (T,) or, with the batch of y0, "
+            f"{(*state.batch, 'T') if state.batch else '(*batch, T) with batch_dims'}"
+        )
+    if not in_functorch():
+        _check_monotone(times.detach())
+    return times.reshape(-1, times.shape[-1]) if times.dim() > 1 else times
+
+
+def _check_monotone(times: Tensor) -> None:
+    if not bool(times.isfinite().all()):
+        raise ProblemError("t isn't finite")
+    steps = times.diff(dim=-1)
+    good = (steps >= 0).all(-1) | (steps <= 0).all(-1)
+    if not bool(good.all()):
+        where = "" if times.dim() == 1 else f" in {int((~good).sum())} of {good.numel()} samples"
+        raise ProblemError(f"t must increase or decrease, and doesn't{where}; sort it, or solve in pieces")
+
+
+def _check_promise(
+    problem: InitialValueProblem, start: Tensor, times: Tensor, tensors: Sequence[Tensor], checked: set[Any] | None
+) -> None:
+    """That samples are independent, as batch_dims says."""
+    if in_functorch() or not problem.state.batch:
+        return
+    key = (start.shape, tuple(m.training for m in problem.function.modules()) if isinstance(problem.function, nn.Module)
+           else ())  # fmt: skip
+    if checked is not None and key in checked:
+        return
+    t = times.detach()[..., :1] if times.dim() > 1 else times.detach()[0]
+    evaluate = problem.evaluator([tensor.detach() for tensor in tensors])
+    check_independence(lambda rows: evaluate(t.to(start.dtype), rows), start.detach(), 1)
+    if checked is not None:
+        checked.add(key)
+
+
+def _as_given(solution: Solution, state: State, times: Tensor) -> ODESolution:
+    batch = state.batch
+    T = solution.value.shape[-2]
+    rows = solution.value.transpose(0, 1)
+    shaped = replace(
+        solution,
+        value=state.unpack(rows, torch.Size((T, *batch))),
+        status=solution.status.reshape(batch),
+        stats={name: stat.reshape(batch) for name, stat in solution.stats.items()},
+    )
+    t = times.reshape(batch + times.shape[-1:]) if times.dim() > 1 else times
+    return ODESolution(shaped.value, shaped.status, shaped.stats, None, t)

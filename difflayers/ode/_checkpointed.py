@@ -1,0 +1,349 @@
+"""The gradient of the discrete solution: accepted steps are kept, and run once more when a derivative asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difflayers._adjoint import Adjoint
+from difflayers._autodiff import (
+    batch_levels,
+    in_functorch,
+    is_legacy_batched,
+    is_tracked,
+    over_legacy_batch,
+    primal,
+    pull,
+    push,
+    without_autocast,
+)
+from difflayers._monitor import watch
+from difflayers._problem import Problem, closure_names
+from difflayers._solution import OnFailure, Solution, check_status
+from difflayers._solver import Solver
+from difflayers.errors import ProblemError
+from difflayers.ode._explicit import ExplicitSolver
+from difflayers.ode._mesh import Mesh
+from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._replay import moved, pulled, replay, retraced
+
+
+@dataclass(frozen=True)
+class CheckpointedAdjoint(Adjoint):
+    """The derivative of the discrete solution, exact to rounding: no second solve, no second error.
+
+    The forward solve keeps the state at the start of every accepted step; ``backward`` runs each of them once more
+    with its vector-Jacobian products (Zhuang et al. 2020, ICML, "Adaptive checkpoint adjoint"). Step sizes count as
+    constants: how the controller would have chosen others isn't differentiated. Derivatives of first order in reverse
+    mode take the memory of one step besides the states, forward mode likewise; derivatives of higher order, and those
+    under ``torch.func``, build the tape of all accepted steps.
+
+    Args:
+        states: how many states may be kept; None for one per step. With fewer, segments between them are run once more
+            to get the others: about the square root of the number of steps costs the least memory.
+    """
+
+    states: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.states is not None and self.states < 1:
+            raise ProblemError(f"states must be at least 1, got {self.states}")
+
+    def supports(self, problem: Problem, solver: Solver) -> str | None:
+        if problem.form != "ode" or not isinstance(solver, ExplicitSolver):
+            return f"it runs steps of the solvers of difflayers.ode once more, which {type(solver).__name__} isn't"
+        return None
+
+    def apply(
+        self, problem: Problem, solver: Solver, params: Sequence[Tensor], init: Tensor, on_failure: OnFailure = "raise"
+    ) -> Solution:
+        if not isinstance(problem, InitialValueProblem) or not isinstance(solver, ExplicitSolver):
+            raise TypeError(f"{self!r} can't serve here: {self.supports(problem, solver)}")
+        call = _Call(problem, solver, on_failure, self.states)
+        closes_over = _looks_ahead(call, params)
+        value, status, *stats = _solve(call, *params)
+        solution = Solution(value, status, dict(zip(call.names, stats, strict=True)))
+        if closes_over:
+            moving = params[1] if params[1].requires_grad else None
+            run = replay(solver.tableau, problem.evaluator(params[2:]), call.mesh, params[0], moving)
+            solution = replace(solution, value=torch.where(_there(value, solution.stats["outputs"]), run, torch.nan))
+        return solution
+
+
+@dataclass
+class _Call:
+    """One solve, with what its derivatives need to know."""
+
+    problem: InitialValueProblem
+    solver: ExplicitSolver
+    on_failure: OnFailure
+    states: int | None
+    slope: Tensor | None = None  # at the start, where it was evaluated already
+    names: list[str] = field(default_factory=list)
+    meshes: list[Mesh] = field(default_factory=list)  # shared with the calls that transforms make of this one
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.meshes[-1]
+
+    def run(self, params: Sequence[Tensor]) -> Solution:
+        mesh = Mesh(self.states)
+        slope, self.slope = self.slope, None
+        solution = watch(
+            "forward", self.solver, lambda: self.solver.march(self.problem, params, params[0], mesh, slope)
+        )
+        self.meshes.append(mesh)
+        self.names[:] = solution.stats
+        return check_status(solution, self.on_failure)
+
+
+class _Integrate(torch.autograd.Function):
+    """``(y0, t, *params) -> (values, status, *stats)``."""
+
+    @staticmethod
+    def forward(call: _Call, *params: Tensor) -> tuple[Tensor, ...]:
+        solution = call.run(params)
+        return solution.value, solution.status, *solution.stats.values()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *params = inputs
+        value, *rest = output
+        ctx.call = call
+        ctx.mark_non_differentiable(*rest)
+        outputs = rest[1 + call.names.index("outputs")]
+        ctx.save_for_backward(value, outputs, *params)
+        ctx.save_for_forward(value, outputs, *params)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        value, outputs, *params = ctx.saved_tensors
+        wanted = [i for i in range(len(params)) if ctx.needs_input_grad[i + 1]]
+
+        def rule(cotangent: Tensor) -> list[Tensor | None]:
+            return _cotangents(ctx.call, value, outputs, params, cotangent, wanted)
+
+        gradients = over_legacy_batch(rule, cotangent) if is_legacy_batched(cotangent) else rule(cotangent)
+        return (None, *gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Any, ...]:
+        # As in the algebraic families: torch switches forward mode off in here, and enclosing transforms need it.
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+            _, outputs, *params = [primal(t) for t in ctx.saved_tensors]
+            tangent = _pushed(ctx.call, outputs, params, tangents)
+        return (tangent, *[None] * (1 + len(ctx.call.names)))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], call: _Call, *params: Tensor
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        _, start, times, *dims = in_dims
+        moved = [p if d is None else p.movedim(d, 0) for p, d in zip(params, in_dims[1:], strict=True)]
+        if start is None:
+            moved[0] = moved[0].unsqueeze(0).repeat(info.batch_size, *[1] * moved[0].dim())
+        if times is not None and params[1].dim() == 2:
+            moved[1] = moved[1].unsqueeze(1).expand(-1, call.problem.samples, -1)
+        in_batch = tuple(None if d is None else 0 for d in dims)
+        problem = call.problem.mapped(info.batch_size, in_batch, info.randomness)
+        output = _solve(replace(call, problem=problem), *moved)
+        return output, (0,) * len(output)
+
+
+def _solve(call: _Call, *params: Tensor) -> tuple[Tensor, ...]:
+    output: tuple[Tensor, ...] = _Integrate.apply(call, *params)  # type: ignore[no-untyped-call]
+    return output
+
+
+def _by_row(value: Tensor) -> Tensor:
+    """Values ``(*batch, T, n)`` with one batch dimension."""
+    return value.reshape(value.shape[:-2].numel(), *value.shape[-2:])
+
+
+def _there(value: Tensor, outputs: Tensor) -> Tensor:
+    """Which outputs a solve got to, ``(samples, T, 1)``."""
+    return (torch.arange(value.shape[-2], device=value.device) < outputs[..., None])[..., None]
+
+
+def _cotangents(
+    call: _Call, value: Tensor, outputs: Tensor, params: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[int]
+) -> list[Tensor | None]:
+    """The gradient of every parameter in ``wanted``, None for the others."""
+    cotangent = torch.where(_there(value, outputs), cotangent, 0)
+    found: Sequence[Tensor | None] = ()
+    if wanted:
+        with without_autocast(value.device), _tolerating_failure(call):
+            if torch.is_grad_enabled() or in_functorch():
+                chosen = [params[i] for i in wanted]
+                found = pull(_replayed(call, params, wanted), chosen)(cotangent)
+            else:
+                found = _step_by_step(call, value, params, cotangent, wanted)
+    gradients: list[Tensor | None] = [None] * len(params)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def _replayed(call: _Call, params: Sequence[Tensor], chosen: Sequence[int]) -> Callable[..., Tensor]:
+    """The solution along the accepted steps as a function of the chosen parameters."""
+
+    def run(*values: Tensor) -> Tensor:
+        everything = list(params)
+        for i, value in zip(chosen, values, strict=True):
+            everything[i] = value
+        evaluate = call.problem.evaluator(everything[2:])
+        moves = 1 in chosen or is_tracked(everything[1])
+        return replay(call.solver.tableau, evaluate, call.mesh, everything[0], everything[1] if moves else None)
+
+    return run
+
+
+def _step_by_step(
+    call: _Call, value: Tensor, params: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[int]
+) -> list[Tensor | None]:
+    """The gradient of first order, with the memory of one step."""
+    y0, t, *tensors = params
+    mesh, tableau, evaluate = call.mesh, call.solver.tableau, call.problem.evaluator(tensors)
+    native = call.problem.native
+    by_output = [one.reshape(native) for one in _by_row(cotangent).unbind(1)]
+    followed = [params[i] for i in wanted if i > 1]
+    gradients: list[Tensor | None] = [None] * len(followed)
+    adjoint = torch.zeros_like(by_output[0])
+    for segment in reversed(mesh.segments):
+        for step, y in reversed(list(_states(tableau, evaluate, segment))):
+            own = [by_output[index] for index, _ in step.outputs]
+            adjoint = pulled(tableau, evaluate, step, y, adjoint, own, followed, gradients)
+    for index, time in enumerate(mesh.times[1:], 1):
+        adjoint = adjoint + by_output[index] if time == mesh.times[0] else adjoint
+    found = iter(gradients)
+    start = (adjoint + by_output[0]).view_as(y0)
+    times = _time_gradient(evaluate, mesh, value, t, by_output, adjoint) if 1 in wanted else None
+    return [start if i == 0 else times if i == 1 else next(found) for i in wanted]
+
+
+def _states(tableau: Any, evaluate: Any, segment: Any) -> Iterator[Any]:
+    y = segment[0].y
+    with torch.no_grad():
+        for step in segment:
+            yield step, y
+            if step is not segment[-1]:
+                y = retraced(tableau, evaluate, replace(step, outputs=()), y)[0]
+
+
+def _time_gradient(
+    evaluate: Any, mesh: Mesh, value: Tensor, t: Tensor, by_output: Sequence[Tensor], adjoint: Tensor
+) -> Tensor:
+    """An output moves along the flow with its time, and against it with that of the start."""
+    rows = _by_row(value)
+
+    def along(index: int, cotangent: Tensor) -> Tensor:
+        time = torch.scalar_tensor(mesh.times[index], dtype=value.dtype, device=value.device)
+        speed: Tensor = evaluate(time, rows[:, index].reshape(cotangent.shape))
+        return (speed * cotangent).nan_to_num(nan=0.0).sum()
+
+    parts = [-along(0, adjoint), *[along(i, by_output[i]) for i in range(1, len(by_output))]]
+    return torch.stack(parts).to(t.dtype)
+
+
+def _pushed(call: _Call, outputs: Tensor, params: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
+    """The tangent of the outputs, step by step along the accepted ones."""
+    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+    with without_autocast(params[0].device):
+        followed = [i for i in moving if i > 1]
+        run = _Tangents(call, params, followed, [tangents[i] for i in followed])  # type: ignore[misc]
+        tangent = run.run(tangents[0], tangents[1])
+    return torch.where(_there(tangent, outputs), tangent, 0)
+
+
+class _Tangents:
+    """A tangent runs along the accepted steps, with the memory of one of them."""
+
+    def __init__(
+        self, call: _Call, params: Sequence[Tensor], followed: Sequence[int], directions: Sequence[Tensor]
+    ) -> None:
+        self.call, self.params, self.followed, self.directions = call, params, followed, directions
+        self.tableau = call.solver.tableau
+
+    def run(self, start: Tensor | None, times: Tensor | None) -> Tensor:
+        mesh, y, t = self.call.mesh, self.params[0], self.params[1]
+        # A transform around this one may follow the times.
+        moves = times is not None or is_tracked(t)
+        times = torch.zeros_like(t) if times is None else times
+        first = w = torch.zeros_like(y) if start is None else start
+        if moves:
+            w, y = self._moved(0, y, w, times[0]), moved(self._evaluate(()), mesh, 0, y, t[0])
+        values = {i: (y, w) for i, time in enumerate(mesh.times) if time == mesh.times[0]}
+        for step in mesh.steps:
+
+            def one(y: Tensor, *tensors: Tensor, step: Any = step) -> Tensor:
+                end, made = retraced(self.tableau, self._evaluate(tensors), step, y)
+                return torch.stack([end, *made])
+
+            tensors = [self.params[i] for i in self.followed]
+            points = one(y, *tensors)
+            slopes = push(one, [y, *tensors], [w, *self.directions])
+            values |= {i: (points[k], slopes[k]) for k, (i, _) in enumerate(step.outputs, 1)}
+            y, w = points[0], slopes[0]
+        tangents = []
+        for i in range(len(mesh.times)):
+            point, tangent = values.get(i, (y, torch.zeros_like(y)))
+            if moves and i in values and i:
+                tangent = self._moved(i, point, tangent, times[i])
+            tangents.append(first if i == 0 else tangent)
+        return torch.stack(tangents, dim=-2)
+
+    def _moved(self, index: int, y: Tensor, w: Tensor, direction: Tensor) -> Tensor:
+        def one(y: Tensor, time: Tensor, *tensors: Tensor) -> Tensor:
+            return moved(self._evaluate(tensors), self.call.mesh, index, y, time)
+
+        tensors = [self.params[i] for i in self.followed]
+        return push(one, [y, self.params[1][index], *tensors], [w, direction, *self.directions])
+
+    def _evaluate(self, tensors: Sequence[Tensor]) -> Any:
+        everything = list(self.params)
+        for i, tensor in zip(self.followed, tensors, strict=False):
+            everything[i] = tensor
+        return self.call.problem.evaluator(everything[2:])
+
+
+def _tolerating_failure(call: _Call) -> AbstractContextManager[Any]:
+    """A tape on which samples that have failed can't poison the others: zero times NaN is NaN."""
+    failed = any(step.alive is not None for step in call.mesh.steps)
+    if not failed or in_functorch():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_finite, lambda t: t)
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return torch.where(tensor.isfinite(), tensor, 0) if tensor.is_floating_point() or tensor.is_complex() else tensor
+
+
+def _looks_ahead(call: _Call, params: Sequence[Tensor]) -> bool:
+    """Whether ``fn`` closes over tensors that want gradients; the evaluation that it takes isn't lost.
+
+    Raises:
+        ProblemError: in forward mode or under a ``torch.func`` transform, where such a tensor can't be reached.
+    """
+    y0, t = params[:2]
+    if not torch.is_grad_enabled() or y0.numel() == 0:
+        return False
+    names = closure_names(call.problem.function)
+    start = t.detach()[..., :1] if t.dim() > 1 else t.detach()[0]
+    with without_autocast(y0.device):
+        slope = call.problem.evaluator([p.detach() for p in params[2:]])(start.to(y0.dtype), y0.detach())
+    known = batch_levels(y0).union(*map(batch_levels, params))
+    wrapped = in_functorch() and bool(names)
+    if not wrapped and not is_tracked(slope) and batch_levels(slope) <= known:
+        call.slope = None if in_functorch() else slope.detach()
+        return False
+    if in_functorch() or not slope.requires_grad:
+        raise ProblemError(
+            f"fn closes over {', '.join(map(repr, names)) or 'a tensor'}, which belongs to forward mode or to a "
+            "torch.func transform; pass it as an argument: fn(t, y, *args) and args=(...)"
+        )
+    return True

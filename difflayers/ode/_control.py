@@ -1,0 +1,126 @@
+"""How long the next step is: error norms, the PI controller, and the first step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from difflayers.ode._stages import Stages, TracedStages, stage_time
+
+if TYPE_CHECKING:
+    from difflayers.ode._explicit import ExplicitSolver
+
+
+class Controller:
+    """The PI controller of Hairer, Wanner 1996, "Solving Ordinary Differential Equations II", section IV.2.
+
+    A step is accepted where the root mean square, over all numbers of the state, of estimated error over
+    ``atol + rtol · max(|y|, |y₁|)`` is at most 1.
+    """
+
+    safety, least, most = 0.9, 0.2, 10.0
+
+    def __init__(self, solver: ExplicitSolver, y: Tensor, rows: torch.Size) -> None:
+        order = solver.tableau.error_order
+        self.order = order
+        beta = 0.2 / order
+        self._alpha, self._beta = 1 / order - 0.75 * beta, beta
+        self.rtol, atol = tolerances(solver.rtol, solver.atol, y)
+        self._atol = torch.tensor(atol, dtype=y.dtype, device=y.device)
+        self._size = y.detach().reshape(-1).abs()
+        self._next_size = self._size
+        self._shape = rows
+        self._previous, self._rejected, self._last = 1e-4, False, 0.0
+        self._ratio: Tensor | None = None
+        self._root = math.sqrt(max(y.numel(), 1))
+
+    def scale(self, y: Tensor) -> Tensor:
+        return torch.add(self._atol, y.reshape(-1).abs(), alpha=self.rtol)
+
+    def norm(self, rows: Tensor, scale: Tensor) -> float:
+        return float(torch.linalg.vector_norm(rows.detach().reshape(-1) / scale)) / self._root
+
+    def error(self, estimates: list[Tensor], y: Tensor, h: float, alive: Tensor | None) -> float:
+        """The error of a trial step in units of the tolerance; NaN where something isn't finite."""
+        self._next_size = y.detach().reshape(-1).abs()
+        scale = torch.add(self._atol, torch.maximum(self._size, self._next_size), alpha=self.rtol)
+        ratios = [estimate.div_(scale) for estimate in estimates]
+        self._ratio, self._h = ratios[0], h
+        root = self._root
+        if alive is not None:
+            ratios = [torch.where(alive, r.view(self._shape), 0).view(-1) for r in ratios]
+            root = math.sqrt(max(float(alive.sum()) * self._shape[1], 1))
+        norms = [float(torch.linalg.vector_norm(r)) for r in ratios]
+        if len(norms) == 2 and norms[0] > 0:
+            # DOP853's: the estimate of lower order damps that of higher order.
+            norms[0] *= norms[0] / math.sqrt(norms[0] ** 2 + 0.01 * norms[1] ** 2)
+        return abs(h) * norms[0] / root
+
+    @property
+    def rows(self) -> Tensor:
+        """The error of the last trial by sample, ``(samples,)``, without regard to the second estimate."""
+        if self._ratio is None:
+            raise RuntimeError("no step has been tried yet")
+        norms: Tensor = torch.linalg.vector_norm(self._ratio.view(self._shape), dim=1)
+        scaled: Tensor = norms * abs(self._h) / math.sqrt(max(self._shape[1], 1))
+        return scaled
+
+    def moved(self) -> None:
+        """The last trial was accepted."""
+        self._size = self._next_size
+
+    def grown(self, h: float, error: float) -> float:
+        """The step after an accepted one."""
+        self._last = h
+        error = max(error, 1e-10)
+        factor = self.safety * math.pow(error, -self._alpha) * math.pow(self._previous, self._beta)
+        factor = min(self.most, max(self.least, factor))
+        if self._rejected:
+            factor = min(factor, 1.0)
+        self._previous, self._rejected = max(error, 1e-4), False
+        return h * factor
+
+    def shrunk(self, h: float, error: float) -> float:
+        """The step after a rejected one."""
+        self._rejected = True
+        if not error < math.inf:
+            return h * self.least
+        return h * max(self.least, self.safety * math.pow(error, -1 / self.order))
+
+    def recovered(self, remaining: float) -> float:
+        """The step for those who stay, after the one that held them up is gone: the last one that was good."""
+        self._rejected = False
+        return self._last or remaining * 1e-3
+
+
+def tolerances(rtol: float, atol: float, y: Tensor) -> tuple[float, float]:
+    """``rtol`` and ``atol`` as far as rounding in the dtype of the state lets an error be estimated."""
+    eps = torch.finfo(y.dtype).eps
+    largest = torch.nan_to_num(y.detach().abs().max(), nan=0.0, posinf=0.0) if y.numel() else 0.0
+    return max(rtol, 16 * eps), max(atol, float(largest) * eps)
+
+
+def first_step(
+    control: Controller, stages: Stages | TracedStages, t: float, y: Tensor, slope: Tensor, span: float
+) -> float:
+    """The first step by Hairer, Nørsett, Wanner 1993, section II.4: one more evaluation; signed like ``span``."""
+    y, slope = y.detach(), slope.detach()
+    scale = control.scale(y)
+    size, speed = control.norm(y, scale), control.norm(slope, scale)
+    if not speed < math.inf:
+        return span * 1e-3
+    h = 1e-6 if min(size, speed) < 1e-5 else 0.01 * size / speed
+    h = min(h, abs(span))
+    sign = math.copysign(1.0, span)
+    with torch.no_grad():
+        ahead = stages.evaluate(stage_time(t, sign, h, y), y + sign * h * slope)
+    stages.evaluations += 1
+    bend = control.norm(ahead - slope, scale) / h
+    if not bend < math.inf:
+        return sign * h * 0.1
+    largest = max(speed, bend)
+    best = max(1e-6, h * 1e-3) if largest <= 1e-15 else (0.01 / largest) ** (1 / control.order)
+    return sign * min(100 * h, best, abs(span))

@@ -1,0 +1,172 @@
+"""Explicit Runge–Kutta methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from difflayers._autodiff import is_tracked
+from difflayers._problem import Form, Problem
+from difflayers._solution import Solution
+from difflayers._solver import Solver
+from difflayers.errors import ProblemError
+from difflayers.ode._dop853 import DOP853
+from difflayers.ode._joint import JointRun
+from difflayers.ode._mesh import Mesh
+from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._replay import moved
+from difflayers.ode._tableaus import BOSH3, DOPRI5, EULER, MIDPOINT, TSIT5, Tableau
+from difflayers.ode._tableaus import RK4 as CLASSICAL
+
+
+class ExplicitSolver(Solver):
+    """What explicit methods share.
+
+    A solution's ``value`` is ``(samples, T, n)``, NaN after the time at which a sample failed. Under
+    ``torch.no_grad()`` the loop runs in buffers, otherwise on the graph.
+    """
+
+    serves: ClassVar[frozenset[Form]] = frozenset({"ode"})
+    traceable: ClassVar[bool] = True
+    tableau: ClassVar[Tableau]
+    adaptive: ClassVar[bool] = True
+    rtol: float = 0.0
+    atol: float = 0.0
+    max_steps: int
+
+    def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
+        return self.march(problem, params, init, Mesh(states=0))
+
+    def march(
+        self, problem: Problem, params: Sequence[Any], init: Tensor, mesh: Mesh, slope: Tensor | None = None
+    ) -> Solution:
+        """The solution; ``mesh`` gets the steps that made it. ``slope`` is that at the start, if somebody knows it."""
+        if not isinstance(problem, InitialValueProblem):
+            raise TypeError(f"expected an InitialValueProblem, got {type(problem).__name__}")
+        y, t, *tensors = params
+        evaluate, times = problem.evaluator(tensors), t.detach().to("cpu", torch.float64).tolist()
+        mesh.times = times
+        tracked = torch.is_grad_enabled() and is_tracked(t)
+        start = moved(evaluate, mesh, 0, y.reshape(problem.samples, -1), t[0]) if tracked else y
+        run = JointRun(self, evaluate, times, start.reshape(problem.native), problem.samples, mesh)
+        solution = run.run(slope)
+        value = solution.value
+        if tracked:
+            own = [moved(evaluate, mesh, i, value[:, i], t[i]) for i in range(1, len(times))]
+            value = torch.stack([y.reshape(problem.samples, -1), *own], dim=1)
+        return _shaped(replace(solution, value=value), y.shape[:-1])
+
+    def steps_between(self, length: float) -> int:
+        """How many equal steps a method of fixed step makes between two output times."""
+        raise TypeError(f"{type(self).__name__} chooses its steps by itself")
+
+
+@dataclass(frozen=True)
+class FixedStepSolver(ExplicitSolver):
+    """A method of fixed step: outputs lie at the ends of steps, and nothing controls the error.
+
+    Args:
+        step_size: the longest step; None makes one step between two output times.
+        max_steps: steps before a solve is ``MAX_STEPS``.
+    """
+
+    step_size: float | None = None
+    max_steps: int = 1_000_000
+    adaptive: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.step_size is not None and not self.step_size > 0:
+            raise ProblemError(f"step_size must be positive, got {self.step_size}")
+
+    def steps_between(self, length: float) -> int:
+        # Without the rounding of a quotient that is meant to be whole.
+        return 1 if self.step_size is None else max(1, math.ceil(length / self.step_size * (1 - 1e-12)))
+
+
+@dataclass(frozen=True)
+class Euler(FixedStepSolver):
+    """Euler's method, of order 1."""
+
+    tableau: ClassVar[Tableau] = EULER
+
+
+@dataclass(frozen=True)
+class Midpoint(FixedStepSolver):
+    """The explicit midpoint rule, of order 2 (Runge 1895)."""
+
+    tableau: ClassVar[Tableau] = MIDPOINT
+
+
+@dataclass(frozen=True)
+class RK4(FixedStepSolver):
+    """The classical method of order 4 (Kutta 1901)."""
+
+    tableau: ClassVar[Tableau] = CLASSICAL
+
+
+@dataclass(frozen=True)
+class AdaptiveSolver(ExplicitSolver):
+    """A pair of methods whose difference controls the step.
+
+    A step is accepted where the root mean square of estimated error over ``atol + rtol · |y|`` is at most 1. Output
+    times inside a step are interpolated. Tolerances below what rounding allows are raised to that: ``rtol`` to 16
+    units in the last place, ``atol`` to one of the largest number of ``y0``.
+
+    Args:
+        rtol: relative tolerance of one step.
+        atol: absolute tolerance of one step.
+        max_steps: steps tried before a sample is ``MAX_STEPS``.
+        per_sample: whether every sample has its own step and its own error norm. Otherwise all share the step that the
+            whole batch as one system needs, and a sample that fails also shortens the steps of the others until it is
+            given up.
+    """
+
+    rtol: float = 1e-6
+    atol: float = 1e-8
+    max_steps: int = 10_000
+    per_sample: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0):
+            raise ProblemError(f"rtol and atol must not be negative, nor both zero; got {self.rtol} and {self.atol}")
+
+
+@dataclass(frozen=True)
+class Bosh3(AdaptiveSolver):
+    """Order 3 with an embedded 2 (Bogacki, Shampine 1989); cubic Hermite interpolant of order 3."""
+
+    tableau: ClassVar[Tableau] = BOSH3
+
+
+@dataclass(frozen=True)
+class Dopri5(AdaptiveSolver):
+    """Order 5 with an embedded 4 (Dormand, Prince 1980); interpolant of order 4 (Shampine 1986)."""
+
+    tableau: ClassVar[Tableau] = DOPRI5
+
+
+@dataclass(frozen=True)
+class Tsit5(AdaptiveSolver):
+    """Order 5 with an embedded 4 (Tsitouras 2011); interpolant of order 4."""
+
+    tableau: ClassVar[Tableau] = TSIT5
+
+
+@dataclass(frozen=True)
+class Dopri8(AdaptiveSolver):
+    """Order 8 with embedded 5 and 3: Hairer's DOP853; interpolant of order 7, at three evaluations more."""
+
+    tableau: ClassVar[Tableau] = DOP853
+
+
+def _shaped(solution: Solution, batch: torch.Size) -> Solution:
+    return Solution(
+        solution.value.reshape(batch + solution.value.shape[1:]),
+        solution.status.reshape(batch),
+        {name: stat.reshape(batch) for name, stat in solution.stats.items()},
+    )

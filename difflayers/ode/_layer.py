@@ -1,0 +1,83 @@
+"""An initial value problem as a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+
+from difflayers._adjoint import Adjoint
+from difflayers._areas import available_solvers, resolve
+from difflayers._solution import OnFailure
+from difflayers._solver import Solver
+from difflayers.errors import ProblemError
+from difflayers.ode._api import ODESolution, integrate
+from difflayers.ode._checkpointed import CheckpointedAdjoint
+
+
+class ODELayer(nn.Module):
+    """The solution of ``dy/dt = fn(t, y, *args)`` at given times, as a layer (Chen et al. 2018, NeurIPS).
+
+    Args:
+        fn: the right-hand side, called as ``fn(t, y, *args)``; its parameters are the layer's.
+        t: output times, as in :func:`odeint`; a buffer that isn't saved, so that it moves with the module.
+        solver: a solver object, or the name of one with its defaults.
+        adjoint: the derivative rule; None is :class:`CheckpointedAdjoint`.
+        batch_dims: leading dimensions of ``y0`` that index independent samples.
+        on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``: a sample that fails is NaN from there on.
+
+    >>> import torch
+    >>> from difflayers.ode import ODELayer
+    >>> class Field(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.linear = torch.nn.Linear(2, 2)
+    ...     def forward(self, t, y):
+    ...         return torch.tanh(self.linear(y))
+    >>> ODELayer(Field(), [0.0, 0.5, 1.0])(torch.ones(4, 2)).shape
+    torch.Size([3, 4, 2])
+    """
+
+    t: Tensor
+
+    def __init__(
+        self,
+        fn: nn.Module,
+        t: Any,
+        *,
+        solver: str | Solver = "dopri5",
+        adjoint: Adjoint | None = None,
+        batch_dims: int = 0,
+        on_failure: OnFailure = "warn",
+    ) -> None:
+        super().__init__()
+        if not isinstance(fn, nn.Module):
+            raise ProblemError(f"fn must be an nn.Module, got {type(fn).__name__}; for a function use odeint()")
+        self.fn = fn
+        self.register_buffer("t", torch.as_tensor(t), persistent=False)
+        self.solver = resolve(solver, available_solvers("ode"))
+        self.adjoint = adjoint or CheckpointedAdjoint()
+        self.batch_dims = batch_dims
+        self.on_failure = on_failure
+        self._checked: set[Any] = set()
+
+    def forward(self, y0: Any, *args: Any) -> Any:
+        """The states, ``(T, *batch, ...)``, in the structure of ``y0``."""
+        return self.solve(y0, *args).ys
+
+    def solve(self, y0: Any, *args: Any) -> ODESolution:
+        """The solution with status and statistics, on the graph."""
+        call = _outside_dynamo if torch.compiler.is_compiling() else integrate
+        return call(
+            self.fn, y0, self.t, args, self.batch_dims, self.solver, self.adjoint, None, self.on_failure, self._checked
+        )
+
+    def extra_repr(self) -> str:
+        times, batch = self.t.shape[-1], self.batch_dims
+        return f"times={times}, solver={self.solver!r}, adjoint={self.adjoint!r}, batch_dims={batch}"
+
+
+# torch.compiler.disable would import the whole of dynamo here; this imports it when called.
+_outside_dynamo = _disable_dynamo(integrate)

@@ -1,0 +1,123 @@
+"""Initial value problems: what holds along the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from difflayers._arguments import Arguments, with_parameters
+from difflayers._autodiff import Autocast
+from difflayers._problem import Form, Problem, Residual, matched
+from difflayers.errors import ProblemError
+from difflayers.linear import Property
+from difflayers.ode._state import State
+
+Evaluate = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class InitialValueProblem(Problem):
+    """``dy/dt = fn(t, y, *args)`` with ``y(t₀) = y₀``, for states as rows.
+
+    Its parameters are ``(y0, t, *tensors)``: ``y0`` as rows ``(samples, n)``, output times ``(T,)`` or
+    ``(samples, T)``, and the tensors of ``arguments``. The answer is ``(samples, T, n)``.
+
+    Args:
+        function: ``fn``.
+        state: how a state lies in rows.
+        arguments: how the arguments of ``fn`` and its module parameters lie in a row of tensors.
+        autocast: what evaluations of ``fn`` run in.
+    """
+
+    function: Callable[..., Any]
+    state: State
+    arguments: Arguments
+    autocast: Autocast
+    batch_dims: int = 1
+    properties: frozenset[Property] = frozenset()
+    form: ClassVar[Form] = "ode"
+    advice: ClassVar[str] = "Dopri5()"
+
+    @property
+    def samples(self) -> int:
+        return self.state.samples
+
+    def bind(self, *params: Any) -> Residual:
+        raise TypeError("an initial value problem has no residual; its right-hand side is evaluator()")
+
+    @property
+    def native(self) -> torch.Size:
+        """The shape in which states of the whole batch cost the least to evaluate: that of ``y``, or rows."""
+        state = self.state
+        return state.batch + state.shapes[0] if state.plain else torch.Size((self.samples, sum(state.sizes)))
+
+    def evaluator(self, tensors: Sequence[Tensor]) -> Evaluate:
+        """The right-hand side for these tensors, of states of the native shape or as rows."""
+        parameters, args = self.arguments.unflatten(tensors)
+        fn, state, autocast = with_parameters(self.function, parameters), self.state, self.autocast
+        native = self.native if state.plain else None
+
+        def checked(value: Any, y: Any) -> Any:
+            return value if _alike(value, y) else matched(value, y, "fn")
+
+        def evaluate(t: Tensor, rows: Tensor) -> Tensor:
+            y = rows if rows.shape == native else state.unpack(rows)
+            before = None if rows.is_inference() else rows._version
+            if t.dim():
+                t = state.own_times(t)
+            if autocast.dtype is None:
+                value = checked(fn(t, y, *args), y)
+            else:
+                with autocast():
+                    value = checked(fn(t, y, *args), y)
+            if before is not None and rows._version != before:
+                raise ProblemError("fn writes to y in place; use operations that return new tensors, or y.clone()")
+            return value if y is rows else state.pack(value, rows.shape[0])
+
+        return evaluate
+
+    def mapped(self, size: int, in_dims: tuple[int | None, ...], randomness: str) -> InitialValueProblem:
+        """The same with one more leading dimension of samples; ``in_dims`` says which tensors have it."""
+        own = self.function, self.state, self.arguments, self.autocast, self.batch_dims + 1, self.properties
+        return _Mapped(*own, self, size, in_dims, randomness)
+
+
+@dataclass(frozen=True)
+class _Mapped(InitialValueProblem):
+    base: InitialValueProblem = field(kw_only=False, default=None)  # type: ignore[assignment]
+    size: int = 1
+    in_dims: tuple[int | None, ...] = ()
+    randomness: str = "error"
+
+    @property
+    def samples(self) -> int:
+        return self.size * self.base.samples
+
+    @property
+    def native(self) -> torch.Size:
+        return torch.Size((self.samples, sum(self.state.sizes)))
+
+    def evaluator(self, tensors: Sequence[Tensor]) -> Evaluate:
+        def one(t: Tensor, rows: Tensor, *tensors: Tensor) -> Tensor:
+            return self.base.evaluator(tensors)(t, rows)
+
+        def evaluate(t: Tensor, rows: Tensor) -> Tensor:
+            dims = (0 if t.dim() else None, 0, *self.in_dims)
+            own = self._split(t) if t.dim() else t
+            result: Tensor = torch.func.vmap(one, dims, randomness=self.randomness)(own, self._split(rows), *tensors)
+            return result.reshape(rows.shape)
+
+        return evaluate
+
+    def _split(self, rows: Tensor) -> Tensor:
+        return rows.reshape(self.size, self.base.samples, rows.shape[-1])
+
+
+def _alike(value: Any, y: Any) -> bool:
+    if not type(value) is type(y) is Tensor:
+        return False
+    return value.shape == y.shape and value.dtype == y.dtype and value.device == y.device

@@ -1,0 +1,177 @@
+"""The stages of one step of an explicit Runge–Kutta method: in buffers for numbers, on the graph for derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from difflayers.ode._tableaus import Tableau, coefficients
+
+Evaluate = Callable[[Tensor, Tensor], Tensor]
+Time = float | Tensor
+
+
+def stage_time(t: Time, c: float, h: Time, like: Tensor) -> Tensor:
+    """``t + ch`` as the callable gets it: in the precision of the state."""
+    if isinstance(t, Tensor) or isinstance(h, Tensor):
+        return torch.as_tensor(t + c * h).to(like.dtype)
+    return torch.scalar_tensor(t + c * h, dtype=like.dtype, device=like.device)
+
+
+def combined(y: Tensor, slopes: Tensor, weights: Tensor, h: Time) -> Tensor:
+    """``y + h Σ weightsⱼ slopesⱼ`` for slopes in rows ``(stages, samples · n)``."""
+    if isinstance(h, Tensor):
+        return torch.addcmul(y, torch.mv(slopes.t(), weights).view_as(y), h.to(y.dtype))
+    return torch.addmv(y.reshape(-1), slopes.t(), weights, alpha=h).view(y.shape)
+
+
+class Stages:
+    """Buffers for the stages of a step, used again by the next one.
+
+    Attributes:
+        evaluations: how often the right-hand side was evaluated.
+    """
+
+    def __init__(self, tableau: Tableau, evaluate: Evaluate, like: Tensor) -> None:
+        self.tableau, self.evaluate, self.evaluations = tableau, evaluate, 0
+        self.slopes = torch.empty(tableau.total, *like.shape, dtype=like.dtype, device=like.device)
+        self._shape, self._c, self._made = like.shape, tableau.c, 0
+        known = coefficients(tableau, like.dtype, like.device)
+        self._errors = known.error
+        # Views cost as much as small products; they are made once.
+        self._slots = list(self.slopes)
+        self._flat = self.slopes.view(tableau.total, -1)
+        before = [self._flat[:i].t() for i in range(tableau.total)]
+        self._plan = list(zip(self._slots, before, known.rows, self._c, strict=True))
+        self._known = self._flat[: tableau.stages + 1].t()
+
+    def start(self, t: Time, y: Tensor, slope: Tensor | None = None) -> Tensor:
+        """The slope at the start of a step; evaluated unless somebody knows it."""
+        if slope is None:
+            slope = self.evaluate(stage_time(t, 0.0, 0.0, y), y)
+        self.evaluations += 1
+        slope = slope.reshape(self._shape)
+        self._slots[0].copy_(slope)
+        return slope
+
+    def attempt(self, t: Time, y: Tensor, h: Time) -> Tensor:
+        """The state after a step; its stages stay here. The first one must be here already."""
+        last = self.tableau.stages
+        end = self._fill(t, y, h, 1, last + 1 if self.tableau.error else last)
+        self._made = last + 1
+        return end if self.tableau.error else self._point(y, last, h)
+
+    def estimates(self) -> list[Tensor]:
+        """Estimates of the local error, not yet times ``h``, flat."""
+        if self._errors is None:
+            return []
+        return [torch.mv(self._known, row) for row in self._errors]
+
+    def inside(self, t: Time, y: Tensor, h: Time, s: float) -> Tensor:
+        """The state at ``t + sh`` of the last step."""
+        self._fill(t, y, h, self._made, self.tableau.total)
+        self._made = self.tableau.total
+        return combined(y, self._flat, torch.as_tensor(self.tableau.weights(s)).to(y), h)
+
+    def advance(self) -> None:
+        """The last slope becomes the first one of the next step."""
+        self._slots[0].copy_(self._slots[self.tableau.stages])
+
+    def _point(self, y: Tensor, i: int, h: Time) -> Tensor:
+        _, before, weights, _ = self._plan[i]
+        if isinstance(h, Tensor):
+            return torch.addcmul(y, torch.mv(before, weights).view(self._shape), h)
+        return torch.addmv(y.view(-1), before, weights, alpha=h).view(self._shape)
+
+    def _fill(self, t: Time, y: Tensor, h: Time, first: int, end: int) -> Tensor:
+        """Evaluate some stages; the point of the last one."""
+        if isinstance(h, Tensor) or isinstance(t, Tensor):
+            return self._fill_rows(t, y, h, first, end)
+        flat, shape, dtype, device, evaluate = y.view(-1), self._shape, y.dtype, y.device, self.evaluate
+        point, addmv, scalar = y, torch.addmv, torch.scalar_tensor
+        for slot, before, weights, c in self._plan[first:end]:
+            point = addmv(flat, before, weights, alpha=h).view(shape)
+            slot.copy_(evaluate(scalar(t + c * h, dtype=dtype, device=device), point))
+        self.evaluations += max(0, end - first)
+        return point
+
+    def _fill_rows(self, t: Time, y: Tensor, h: Time, first: int, end: int) -> Tensor:
+        point = y
+        for i in range(first, end):
+            point = self._point(y, i, h)
+            self._slots[i].copy_(self.evaluate(stage_time(t, self._c[i], h, y), point))
+        self.evaluations += max(0, end - first)
+        return point
+
+
+class TracedStages:
+    """The same on the graph: every slope a tensor of its own."""
+
+    def __init__(self, tableau: Tableau, evaluate: Evaluate, like: Tensor) -> None:
+        self.tableau, self.evaluate, self.evaluations = tableau, evaluate, 0
+        self.coefficients = coefficients(tableau, like.dtype, like.device)
+        self._slopes: list[Tensor] = []
+
+    @property
+    def slopes(self) -> Tensor:
+        return torch.stack(self._slopes)
+
+    def start(self, t: Time, y: Tensor, slope: Tensor | None = None) -> Tensor:
+        """The slope at the start of a step; evaluated here, so that it is on the graph."""
+        self._slopes = [self.evaluate(stage_time(t, 0.0, 0.0, y), y)]
+        self.evaluations += 1
+        return self._slopes[0]
+
+    def attempt(self, t: Time, y: Tensor, h: Time) -> Tensor:
+        """The state after a step. The first slope must be here already."""
+        del self._slopes[1:]
+        end = self.advanced(t, y, h)
+        if self.tableau.error:
+            self._slopes.append(self.evaluate(stage_time(t, 1.0, h, y), end))
+            self.evaluations += 1
+        return end
+
+    def advanced(self, t: Time, y: Tensor, h: Time) -> Tensor:
+        """The same without the slope at the end."""
+        self._fill(t, y, h, self.tableau.stages)
+        return mixed(y, self._slopes, self.tableau.b, h)
+
+    def estimates(self) -> list[Tensor]:
+        """Estimates of the local error, off the graph."""
+        errors = self.coefficients.error
+        if errors is None:
+            return []
+        known = torch.stack([slope.detach() for slope in self._slopes]).flatten(1)
+        return [torch.mv(known.t(), row) for row in errors]
+
+    def inside(self, t: Time, y: Tensor, h: Time, s: float) -> Tensor:
+        """The state at ``t + sh`` of the last step."""
+        self._fill(t, y, h, self.tableau.total)
+        return mixed(y, self._slopes, list(self.tableau.weights(s)), h)
+
+    def advance(self) -> None:
+        """The last slope becomes the first one of the next step."""
+        self._slopes = [self._slopes[self.tableau.stages]]
+
+    def _fill(self, t: Time, y: Tensor, h: Time, end: int) -> None:
+        for i in range(len(self._slopes), end):
+            point = mixed(y, self._slopes, self.tableau.rows[i - 1], h)
+            self._slopes.append(self.evaluate(stage_time(t, self.tableau.c[i], h, y), point))
+            self.evaluations += 1
+
+
+def mixed(y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], h: Time) -> Tensor:
+    """``y + h Σ weightsⱼ slopesⱼ``, in operations that torch differentiates."""
+    terms = [(k, w) for k, w in zip(slopes, weights, strict=False) if w]
+    if not isinstance(h, Tensor):
+        for k, w in terms:
+            y = torch.add(y, k, alpha=h * w)
+        return y
+    if not terms:
+        return y
+    total = terms[0][0] * terms[0][1]
+    for k, w in terms[1:]:
+        total = torch.add(total, k, alpha=w)
+    return y + h.to(y.dtype) * total
