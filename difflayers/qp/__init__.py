@@ -14,6 +14,7 @@ from difflayers.qp._piqp import PIQP
 from difflayers.qp._problem import QPProblem
 from difflayers.qp._proxqp import ProxQP
 from difflayers.qp._solver import QPSolver
+from difflayers.qp._sparse import Sparse
 
 SOLVERS = {
     "auto": Auto,
@@ -41,6 +42,7 @@ __all__ = [
     "QPProblem",
     "QPSolution",
     "QPSolver",
+    "Sparse",
     "projections",
     "solve_qp",
 ]

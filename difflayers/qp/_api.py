@@ -16,9 +16,10 @@ from difflayers._solution import OnFailure, Solution, to_numpy
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.qp._checks import batch_shape, check_blocks, check_objective
-from difflayers.qp._data import MATRICES, NAMES, Data
+from difflayers.qp._data import MATRICES, NAMES, Data, Matrix, flattened
 from difflayers.qp._problem import QPProblem
 from difflayers.qp._solver import QPSolver
+from difflayers.qp._sparse import Sparse, as_sparse
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def solve_qp(
     """Minimize ``½xᵀPx + qᵀx`` subject to ``Gx ≤ h``, ``Ax = b``, ``lb ≤ x ≤ ub``; differentiable in all of them.
 
     All leading dimensions are batch, and broadcast: a block without them is shared by all samples, and its gradient is
-    summed over them. Any block but ``q`` may be None.
+    summed over them. Any block but ``q`` may be None. A matrix may be sparse: a torch tensor (COO or CSR, whose
+    gradient has the same pattern), a SciPy matrix, or :class:`Sparse` for a batch of values on one pattern.
 
     Args:
         P: symmetric positive semidefinite, ``(*batch, n, n)``; None for a linear program.
@@ -105,18 +107,18 @@ def solve_qp(
     blocks = dict(zip(NAMES, (P, q, G, h, A, b, lb, ub), strict=True))
     numpy = uses_numpy(list(blocks.values()), list(blocks.values()))
     like = next((block for block in blocks.values() if isinstance(block, Tensor)), None)
-    blocks = {name: to_tensors(block, like) for name, block in blocks.items()}
+    blocks = {name: as_sparse(to_tensors(block, like), name, like) for name, block in blocks.items()}
     check_blocks(blocks)
     given = {name: block for name, block in blocks.items() if block is not None}
     batch = batch_shape(given)
-    flat = {name: _flattened(block, batch, 2 if name in MATRICES else 1) for name, block in given.items()}
+    flat = {name: flattened(block, batch, 2 if name in MATRICES else 1) for name, block in given.items()}
     solution = _solved(flat, batch.numel(), solver, adjoint, init, on_failure)
     shaped = _reshaped(solution, batch)
     return shaped.numpy() if numpy else shaped
 
 
 def _solved(
-    blocks: dict[str, Tensor],
+    blocks: dict[str, Matrix],
     samples: int,
     solver: str | Solver,
     adjoint: Adjoint | None,
@@ -132,11 +134,13 @@ def _solved(
     chosen = resolve(solver, available_solvers("qp"))
     first = chosen.choices(known)[0] if known is not None and isinstance(chosen, QPSolver) else chosen
     start = _start(data, samples, init)
-    problem = QPProblem(tuple(blocks), warm=init is not None, known=known)
+    patterns = {name: block.pattern for name, block in blocks.items() if isinstance(block, Sparse)}
+    params = tuple(block.values if isinstance(block, Sparse) else block for block in blocks.values())
+    problem = QPProblem(tuple(blocks), warm=init is not None, patterns=patterns, known=known)
     if reason := chosen.supports(problem) or (adjoint or ImplicitAdjoint()).supports(problem, chosen):
         raise TypeError(f"{chosen!r} can't serve here: {reason}")
     with without_autocast(start.device):
-        found = (adjoint or ImplicitAdjoint()).apply(problem, chosen, tuple(blocks.values()), start, on_failure)
+        found = (adjoint or ImplicitAdjoint()).apply(problem, chosen, params, start, on_failure)
     x, y, v, low, high = data.layout.split(found.value)
     box = torch.zeros_like(x)
     box = box if data.lb is None else box - torch.relu(low)
@@ -168,13 +172,6 @@ def _start(data: Data, samples: int, init: Any) -> Tensor:
         f"init is {shape}, but must be a QPSolution of {samples} problems with {size} unknowns, or a point x with "
         f"{data.layout.n} entries"
     )
-
-
-def _flattened(block: Tensor, batch: torch.Size, event: int) -> Tensor:
-    shape = block.shape[block.dim() - event :]
-    if block.dim() == event:
-        return block
-    return block.expand(*batch, *shape).reshape(batch.numel(), *shape)
 
 
 def _reshaped(solution: QPSolution, batch: torch.Size) -> QPSolution:

@@ -11,6 +11,7 @@ from torch import Tensor
 from difflayers._solution import Status
 from difflayers.errors import MissingBackendError
 from difflayers.qp._data import Data
+from difflayers.qp._sparse_reduced import constraints, samples_of
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 TOLERANCE, ROUNDING = 1e-7, 1e-9
@@ -40,9 +41,22 @@ def certified(data: Data, status: Tensor) -> tuple[Tensor, Tensor]:
     return checked, proofs
 
 
-def _rows(data: Data, i: int) -> tuple[Array, ...]:
-    """``P, q, A, b, C, d`` of one sample, without rows that bound nothing zero."""
+def _rows(data: Data, i: int) -> tuple[Any, ...]:
+    """``P, q, A, b, C, d`` of one sample; matrices are SciPy's where one of them is sparse."""
     one = data.rows(torch.tensor([i], device=data.q.device))
+    return _sparse_rows(one) if data.sparse else _dense_rows(one)
+
+
+def _sparse_rows(one: Data) -> tuple[Any, ...]:
+    ((P, A, G),) = samples_of(one.all_sparse(), 1)
+    b = one.q.new_zeros(0) if one.b is None else one.b
+    C = constraints(None, G, np.arange(one.layout.inequalities), one)
+    A = _zeros(0, one.layout.n, C) if A is None else A
+    q, sides, d = (t.reshape(-1).cpu().numpy() for t in (one.q, b, one.limits))
+    return P, q, A, sides, C, d
+
+
+def _dense_rows(one: Data) -> tuple[Array, ...]:
     n = one.layout.n
     eye = torch.eye(n, dtype=one.q.dtype, device=one.q.device)
     P = eye * 0 if one.P is None else one.P.reshape(n, n)
@@ -53,14 +67,15 @@ def _rows(data: Data, i: int) -> tuple[Array, ...]:
     return tuple(t.cpu().numpy() for t in (P, one.q.reshape(-1), A, b, C, d))
 
 
-def _farkas(P: Array, q: Array, A: Array, b: Array, C: Array, d: Array) -> Array | None:
+def _farkas(P: Any, q: Array, A: Any, b: Array, C: Any, d: Array) -> Array | None:
     """The multipliers of the closest feasible problem, ``min ½‖e‖²`` with ``Cx - e ≤ d`` and ``Ax - f = b``."""
     n, rows, equations = len(q), len(d), len(b)
     finite = np.isfinite(d)
     size = n + rows + equations
-    weight = np.diag(np.r_[np.zeros(n), np.ones(rows + equations)])
-    inequalities = np.hstack([C, -np.eye(rows), np.zeros((rows, equations))])[finite]
-    equalities = np.hstack([A, np.zeros((equations, rows)), -np.eye(equations)])
+    none, slacks = _zeros(n, n, C), _eye(rows + equations, C)
+    weight = _stacked([[none, _zeros(n, rows + equations, C)], [_zeros(rows + equations, n, C), slacks]])
+    inequalities = _stacked([[C, -slacks[:rows]]])[finite]
+    equalities = _stacked([[A, -slacks[rows:]]])
     found = _piqp(weight, np.zeros(size), equalities, b, inequalities, d[finite])
     if found is None:
         return None
@@ -78,38 +93,59 @@ def _farkas(P: Array, q: Array, A: Array, b: Array, C: Array, d: Array) -> Array
     return np.r_[np.zeros(n), y, z] if proved else None
 
 
-def _reach(rows: Array, sides: Array) -> Any:
+def _reach(rows: Any, sides: Array) -> Any:
     """The largest distance from zero to where a row holds."""
-    length = np.linalg.norm(rows, axis=1)
+    length = _lengths(rows)
     return np.divide(np.abs(sides), length, out=np.zeros(len(length)), where=length > 0).max(initial=0)
 
 
-def _ray(P: Array, q: Array, A: Array, b: Array, C: Array, d: Array) -> Array | None:
+def _ray(P: Any, q: Array, A: Any, b: Array, C: Any, d: Array) -> Array | None:
     """The shortest direction along which nothing is in the way and the objective falls by one."""
     n, bounding = len(q), np.isfinite(d)
-    flat = np.vstack([P, A, q[None]])
+    flat = _stacked([[P], [A], [q[None]]])
     target = np.r_[np.zeros(n + len(b)), -1.0]
-    found = _piqp(np.eye(n), np.zeros(n), flat, target, C[bounding], np.zeros(bounding.sum()))
+    found = _piqp(_eye(n, C), np.zeros(n), flat, target, C[bounding], np.zeros(bounding.sum()))
     if found is None:
         return None
     x = found[0] / max(np.abs(found[0]).max(), 1e-300)
     falls = -q @ x
     stays = all(
-        (np.linalg.norm(M, axis=1) * TOLERANCE >= step).all()
-        for M, step in ((A, np.abs(A @ x)), (C[bounding], C[bounding] @ x))
+        (_lengths(M) * TOLERANCE >= step).all() for M, step in ((A, np.abs(A @ x)), (C[bounding], C[bounding] @ x))
     )
     # Where there is curvature, the objective falls up to the length falls / xᵀPx.
     proved = stays and falls > ROUNDING * np.abs(q).max() and falls >= ENDLESS * (x @ P @ x)
     return np.r_[x, np.zeros(len(b) + len(d))] if proved else None
 
 
-def _piqp(P: Array, q: Array, A: Array, b: Array, G: Array, h: Array) -> tuple[Array, Array, Array] | None:
+def _eye(n: int, like: Any) -> Any:
+    return np.eye(n) if isinstance(like, np.ndarray) else type(like)((np.ones(n), (np.arange(n),) * 2), (n, n))
+
+
+def _zeros(rows: int, columns: int, like: Any) -> Any:
+    return np.zeros((rows, columns)) if isinstance(like, np.ndarray) else type(like)((rows, columns))
+
+
+def _stacked(blocks: list[list[Any]]) -> Any:
+    from scipy.sparse import bmat
+
+    dense = all(isinstance(block, np.ndarray) for row in blocks for block in row)
+    return np.block(blocks) if dense else bmat(blocks, format="csr")
+
+
+def _lengths(rows: Any) -> Array:
+    squares = (rows * rows if isinstance(rows, np.ndarray) else rows.multiply(rows)).sum(axis=1)
+    lengths: Array = np.sqrt(np.asarray(squares).reshape(-1))
+    return lengths
+
+
+def _piqp(P: Any, q: Array, A: Any, b: Array, G: Any, h: Array) -> tuple[Array, Array, Array] | None:
     try:
         import piqp
     except ModuleNotFoundError as error:
         raise MissingBackendError("piqp", "qp") from error
-    solver = piqp.DenseSolver()
+    solver = piqp.DenseSolver() if isinstance(P, np.ndarray) else piqp.SparseSolver()
     solver.settings.eps_abs = solver.settings.eps_rel = 1e-9
+    P, A, G = (m if isinstance(m, np.ndarray) else m.tocsc() for m in (P, A, G))
     solver.setup(P, q, A, b, G, None, h, None, None)
     if solver.solve() != piqp.PIQP_SOLVED:
         return None

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from difflayers.errors import ProblemError
 from difflayers.qp._data import MATRICES, Data
+from difflayers.qp._quasidefinite import least_eigenvalue, negative_curvature
+from difflayers.qp._sparse import Sparse
 
 _PARTNERS = (("G", "h"), ("A", "b"))
 
@@ -17,8 +20,8 @@ _PARTNERS = (("G", "h"), ("A", "b"))
 def check_blocks(blocks: Mapping[str, Any]) -> None:
     """Raise unless the blocks are floating tensors of one dtype and device whose sizes fit."""
     for name, block in blocks.items():
-        if block is not None and not isinstance(block, Tensor):
-            raise ProblemError(f"{name} must be a tensor or an array, got {type(block).__name__}")
+        if block is not None and not isinstance(block, Tensor | Sparse):
+            raise ProblemError(f"{name} must be a tensor, an array or a sparse matrix, got {type(block).__name__}")
     given = {name: block for name, block in blocks.items() if block is not None}
     if "q" not in given:
         raise ProblemError("q is missing; for an objective without linear term pass zeros")
@@ -84,7 +87,10 @@ def check_objective(data: Data) -> None:
     P = data.P
     if P is None or P.numel() == 0:
         return
-    skew, size = ((m.abs().amax((-2, -1))) for m in (P - P.mT, P))
+    if isinstance(P, Sparse):
+        return _check_sparse_objective(P)
+    # The largest entries: of P - Pᵀ, which has each with both signs, and of P, if it is semidefinite.
+    skew, size = (P - P.mT).amax((-2, -1)), P.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
     if bool((skew > 1e-8 * size).any()):
         worst = float(skew.nan_to_num().max())
         raise ProblemError(
@@ -104,6 +110,26 @@ def check_objective(data: Data) -> None:
             f"P isn't positive semidefinite{_sample(doubtful)}: it has the eigenvalue {float(least.min()):.3g}, so the "
             "problem isn't convex; add a multiple of the identity, or use minimize() for a local minimum"
         )
+
+
+def _check_sparse_objective(P: Sparse) -> None:
+    samples = P.values.shape[0] if P.values.dim() > 1 else 1
+    for i, matrix in enumerate(P.csr(samples)):
+        where = f" in sample {i}" if P.values.dim() > 1 else ""
+        size = abs(matrix.data).max(initial=0)
+        if not np.isfinite(size):
+            continue
+        skew = abs((matrix - matrix.T).data).max(initial=0)
+        if skew > 1e-8 * size:
+            raise ProblemError(
+                f"P isn't symmetric{where}: it differs from its transpose by {skew:.1e}; pass (P + P.T) / 2, which has "
+                "the same objective, or both triangles if you passed one"
+            )
+        if negative_curvature(matrix, 1e-9 * size):
+            raise ProblemError(
+                f"P isn't positive semidefinite{where}: it has the eigenvalue {least_eigenvalue(matrix):.3g}, so the "
+                "problem isn't convex; add a multiple of the identity, or use minimize() for a local minimum"
+            )
 
 
 def _sample(which: Tensor) -> str:

@@ -39,10 +39,11 @@ class Clarabel(HostQPSolver):
     max_steps: int = 200
     package: ClassVar[str] = "clarabel"
     extra: ClassVar[str] = "qp"
+    sparse: ClassVar[bool] = True
     releases_gil: ClassVar[bool] = True
 
     def solve_samples(self, samples: Samples, rows: range, results: Results) -> None:
-        from scipy.sparse import csc_array
+        from scipy.sparse import csc_array, triu
 
         module, layout = self.module(), samples.layout
         settings = self._settings(module)
@@ -50,7 +51,7 @@ class Clarabel(HostQPSolver):
         for i in rows:
             kept = np.isfinite(limits[i])
             cones = [module.ZeroConeT(layout.p), module.NonnegativeConeT(int(kept.sum()) - layout.p)]
-            P = csc_array(np.triu(samples.P[i]))
+            P = csc_array(triu(samples.P[i], format="csc"))
             found = module.DefaultSolver(
                 P, samples.q[i], csc_array(matrices[i][kept]), limits[i][kept], cones, settings
             ).solve()

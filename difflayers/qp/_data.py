@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from difflayers.qp._sparse import Sparse
+
 NAMES = ("P", "q", "G", "h", "A", "b", "lb", "ub")
 MATRICES = frozenset({"P", "G", "A"})
+Matrix: TypeAlias = Any  # a tensor, or Sparse
 # A pivot below this share of its diagonal says that a row depends on the others, or that there is no curvature.
 DEPENDENT = 1e-12
 
@@ -54,29 +57,46 @@ class Layout:
 class Data:
     """The blocks of a QP, None where there is none; ``(*batch, ...)``, or without a batch where samples share it."""
 
-    P: Tensor | None
+    P: Matrix | None
     q: Tensor
-    G: Tensor | None = None
+    G: Matrix | None = None
     h: Tensor | None = None
-    A: Tensor | None = None
+    A: Matrix | None = None
     b: Tensor | None = None
     lb: Tensor | None = None
     ub: Tensor | None = None
 
     @classmethod
-    def of(cls, blocks: Mapping[str, Tensor]) -> Data:
+    def of(cls, blocks: Mapping[str, Matrix]) -> Data:
         """From the blocks that there are, by name."""
         return cls(*[blocks.get(name) for name in NAMES])  # type: ignore[arg-type]
 
     @property
-    def blocks(self) -> tuple[Tensor | None, ...]:
+    def blocks(self) -> tuple[Matrix | None, ...]:
         """In the order of :data:`NAMES`."""
         return tuple(getattr(self, name) for name in NAMES)
 
+    @property
+    def sparse(self) -> bool:
+        """Whether a matrix is."""
+        return any(isinstance(block, Sparse) for block in (self.P, self.G, self.A))
+
+    def dense(self) -> Data:
+        """The same without sparse matrices."""
+        dense = {name: block.dense() for name in MATRICES if isinstance(block := getattr(self, name), Sparse)}
+        return replace(self, **dense)
+
+    def all_sparse(self) -> Data:
+        """The same without dense matrices; a ``P`` that isn't there is empty."""
+        n = self.q.shape[-1]
+        P = Sparse.of(self.q.new_zeros(n, n)) if self.P is None else self.P
+        matrices = [Sparse.of(m) if isinstance(m, Tensor) else m for m in (P, self.G, self.A)]
+        return replace(self, P=matrices[0], G=matrices[1], A=matrices[2])
+
     @cached_property
     def curvature(self) -> tuple[Tensor, Tensor] | None:
-        """The Cholesky factor of ``P``, and which samples' is definite by more than rounding; None without ``P``."""
-        return None if self.P is None else cholesky(self.P)
+        """The Cholesky factor of a dense ``P``, and which samples' is definite by more than rounding."""
+        return None if self.P is None or isinstance(self.P, Sparse) else cholesky(self.P)
 
     @property
     def layout(self) -> Layout:
@@ -85,20 +105,17 @@ class Data:
         return Layout(n, *rows)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Data:
-        return Data(*[None if block is None else fn(block) for block in self.blocks])  # type: ignore[arg-type]
+        """``fn`` of every tensor: of a sparse matrix, the values."""
+        return self._each(lambda _, block: block.map(fn) if isinstance(block, Sparse) else fn(block))
+
+    def _each(self, fn: Callable[[str, Matrix], Matrix]) -> Data:
+        return Data.of({name: fn(name, block) for name in NAMES if (block := getattr(self, name)) is not None})
 
     def flattened(self, batch: torch.Size) -> Data:
         """The batch dimensions as one; what is shared stays shared."""
         if len(batch) == 1:
             return self
-        flat = []
-        for name, block in zip(NAMES, self.blocks, strict=True):
-            event = 2 if name in MATRICES else 1
-            if block is not None and block.dim() > event:
-                shape = block.shape[block.dim() - event :]
-                block = block.expand(*batch, *shape).reshape(batch.numel(), *shape)
-            flat.append(block)
-        return Data(*flat)  # type: ignore[arg-type]
+        return self._each(lambda name, block: flattened(block, batch, 2 if name in MATRICES else 1))
 
     def products(self, x: Tensor) -> Tensor:
         """``[G; -I; I] x`` for the inequalities that there are."""
@@ -127,11 +144,9 @@ class Data:
 
     def rows(self, samples: Tensor) -> Data:
         """The data of some samples, by mask or index; what is shared stays shared."""
-        picked = [
-            block if block is None or block.dim() == (2 if name in MATRICES else 1) else block[samples]
-            for name, block in zip(NAMES, self.blocks, strict=True)
-        ]
-        data = Data(*picked)  # type: ignore[arg-type]
+        data = self._each(
+            lambda name, block: block if block.dim() == (2 if name in MATRICES else 1) else block[samples]
+        )
         if "curvature" in self.__dict__ and self.P is not None and self.P.dim() > 2:
             data.__dict__["curvature"] = tuple(part[samples] for part in self.curvature or ())
         return data
@@ -174,19 +189,44 @@ class Data:
         return total
 
 
-def times(matrix: Tensor | None, x: Tensor) -> Tensor:
+def flattened(block: Matrix, batch: torch.Size, event: int) -> Matrix:
+    """The batch dimensions before ``event`` others as one; what has none stays without."""
+    if isinstance(block, Sparse):
+        return block.map(lambda values: flattened(values, batch, 1))
+    if block.dim() == event:
+        return block
+    shape = block.shape[block.dim() - event :]
+    return block.expand(*batch, *shape).reshape(batch.numel(), *shape)
+
+
+def times(matrix: Tensor | Sparse | None, x: Tensor) -> Tensor:
     """``M x`` for every sample; ``M`` is ``(*batch, k, n)`` or ``(k, n)``, zero if None."""
     if matrix is None:
         return torch.zeros_like(x)
+    if isinstance(matrix, Sparse):
+        return matrix.times(x)
     if matrix.dim() == 2:
         return x @ matrix.mT
+    if _traced(matrix):
+        return (matrix * x.unsqueeze(-2)).sum(-1)
     # (1, n) times (n, k), not (k, n) times (n, 1): several times faster in batched BLAS.
     return _product(x.unsqueeze(-2), matrix.mT).squeeze(-2)
 
 
-def transposed(matrix: Tensor, y: Tensor) -> Tensor:
+def transposed(matrix: Tensor | Sparse, y: Tensor) -> Tensor:
     """``Mᵀ y`` for every sample."""
-    return y @ matrix if matrix.dim() == 2 else _product(y.unsqueeze(-2), matrix).squeeze(-2)
+    if isinstance(matrix, Sparse):
+        return matrix.transposed_times(y)
+    if matrix.dim() == 2:
+        return y @ matrix
+    if _traced(matrix):
+        return (matrix * y.unsqueeze(-1)).sum(-2)
+    return _product(y.unsqueeze(-2), matrix).squeeze(-2)
+
+
+def _traced(matrix: Tensor) -> bool:
+    # The gradient of a product is an outer one, for which batched BLAS takes five times as long as multiplication.
+    return torch.is_grad_enabled() and matrix.requires_grad
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from difflayers._solution import Status
 from difflayers.errors import MissingBackendError
 from difflayers.qp._data import MATRICES, NAMES, Data, Layout
 from difflayers.qp._solver import Answers, QPSolver
+from difflayers.qp._sparse import Sparse
+from difflayers.qp._sparse_reduced import constraints, samples_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -35,7 +37,8 @@ class Samples:
     ub: Sequence[Array] | None
 
     def __init__(self, data: Data, count: int) -> None:
-        self.layout, self.count = data.layout, count
+        self.layout, self.count, self.sparse = data.layout, count, data.sparse
+        data = data.all_sparse() if self.sparse else data
         self._data = data if data.P is not None else replace(data, P=data.q.new_zeros(data.layout.n, data.layout.n))
 
     def __getattr__(self, name: str) -> Sequence[Array] | None:
@@ -69,10 +72,14 @@ class Samples:
     def one_sided(self) -> tuple[Sequence[Array], Sequence[Array]]:
         """``[A; G; -I; I]`` and the right-hand sides of its rows, infinite where there is no bound."""
         data = self._data
+        limits = data.limits if data.b is None else _joined([data.b, data.limits], dim=-1)
+        if self.sparse:
+            every = np.arange(self.layout.inequalities)
+            stacked = [constraints(A, G, every, data) for _, A, G in samples_of(data, self.count)]
+            return stacked, _listed(limits, self.count, 1)
         eye = torch.eye(self.layout.n, dtype=torch.float64, device=data.q.device)
         sides = (None if data.lb is None else -eye, None if data.ub is None else eye)
         matrices = [block for block in (data.A, data.G, *sides) if block is not None]
-        limits = data.limits if data.b is None else _joined([data.b, data.limits], dim=-1)
         return _listed(_joined(matrices, dim=-2), self.count, 2), _listed(limits, self.count, 1)
 
 
@@ -158,7 +165,9 @@ def backend(package: str, extra: str) -> ModuleType:
         raise MissingBackendError(package, extra) from error
 
 
-def _listed(block: Tensor, count: int, event: int) -> Sequence[Array]:
+def _listed(block: Any, count: int, event: int) -> Sequence[Any]:
+    if isinstance(block, Sparse):
+        return block.csr(count)
     array = np.ascontiguousarray(block.cpu().numpy())
     return list(array) if array.ndim > event else [array] * count
 

@@ -13,7 +13,8 @@ from difflayers.qp._host import HostQPSolver, Results, Samples
 class PIQP(HostQPSolver):
     """A proximal interior-point method (Schwan, Jiang, Kuhn, Jones 2023, CDC), for any convex QP, LPs included.
 
-    All its multipliers are positive where a side is active. It keeps Python's lock, so samples come one after another.
+    All its multipliers are positive where a side is active. Sparse problems stay sparse. It keeps Python's lock, so
+    samples come one after another.
 
     Args:
         tol: absolute and relative tolerance of the backend; the answer is polished afterwards.
@@ -23,15 +24,20 @@ class PIQP(HostQPSolver):
     tol: float = 1e-9
     max_steps: int = 250
     package: ClassVar[str] = "piqp"
+    sparse: ClassVar[bool] = True
 
     def solve_samples(self, samples: Samples, rows: range, results: Results) -> None:
+        from scipy.sparse import issparse
+
         module, m, low = self.module(), samples.layout.m, samples.layout.low
         status = _statuses(module)
-        solver = self._made(module)
+        solver = self._made(module, samples.sparse)
         equations, bounds = (samples.A, samples.b), (samples.lb, samples.ub)
         blocks_of_all = samples.P, samples.q, *equations, samples.G, None, samples.h, *bounds
         for number, i in enumerate(rows):
             blocks = [None if each is None else each[i] for each in blocks_of_all]
+            if samples.sparse:
+                blocks = [block.tocsc() if issparse(block) else block for block in blocks]  # type: ignore[union-attr]
             (solver.update if number else solver.setup)(*blocks)
             results.status[i] = status.get(solver.solve(), Status.BACKEND_ERROR)
             found = solver.result
@@ -42,8 +48,8 @@ class PIQP(HostQPSolver):
             if samples.layout.high:
                 results.z[i, m + low :] = found.z_bu
 
-    def _made(self, module: Any) -> Any:
-        solver = module.DenseSolver()
+    def _made(self, module: Any, sparse: bool) -> Any:
+        solver = module.SparseSolver() if sparse else module.DenseSolver()
         settings = solver.settings
         settings.eps_abs = settings.eps_rel = self.tol
         settings.check_duality_gap = True

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from difflayers.qp._data import Data
+from difflayers.qp._proximal import proximal
 from difflayers.qp._reduced import Reduced
+from difflayers.qp._sparse_reduced import reduced
 
 # Rounds of correction. The first few exchange all wrong rows at once, which is Newton's method and may cycle.
 ROUNDS, TOGETHER = 20, 5
+# What of the conditions may be violated, beside the data, where they can't hold exactly.
+VIOLATION = 1e-9
 
 
 class Polished(NamedTuple):
@@ -25,18 +29,34 @@ class Polished(NamedTuple):
     reduced: Reduced
 
 
-def polished(data: Data, active: Tensor, rounds: int = ROUNDS) -> Polished:
+def polished(data: Data, active: Tensor, start: tuple[Tensor, Tensor, Tensor], rounds: int = ROUNDS) -> Polished:
     """The exact solution for the active set, which is corrected until multipliers and slacks have the right signs.
 
     That is a semismooth Newton method on the optimality conditions (Hintermüller, Ito, Kunisch 2002, SIAM J. Optim.
     13(3)): with a good guess it is one factorization, which derivatives then use again.
     """
     first = _on(data, active)
-    if bool(first.verified.all()) or rounds == 0:
+    if bool(first.verified.all()) or rounds == 0 or not active.shape[-1]:
         return first
     wrong = ~first.verified
+    if data.sparse:
+        return _proximally(data, first, start, rounds)
     mended = _corrected(data.rows(wrong), active[wrong], first.z[wrong], first.x[wrong], rounds)
     return _on(data, active.index_put((wrong,), mended))
+
+
+def _proximally(data: Data, first: Polished, start: tuple[Tensor, Tensor, Tensor], rounds: int) -> Polished:
+    """What is right, and for other samples what is near the start."""
+    wrong = ~first.verified
+    part = data.rows(wrong)
+    x, y, z = (t[wrong] for t in start)
+    x, y, z, active = proximal(part, x, y, z, 3 * rounds)
+    exact = _on(data, first.active.index_put((wrong,), active))
+    for new, near in ((exact.x, x), (exact.y, y), (exact.z, z)):
+        new[wrong] = torch.where(exact.verified[wrong, None], new[wrong], near)
+    violation = part.violation(x, y, z, part.limits - part.products(x))
+    exact.verified[wrong] |= violation <= VIOLATION * (1 + part.magnitude)
+    return exact
 
 
 def _corrected(data: Data, active: Tensor, z: Tensor, x: Tensor, rounds: int) -> Tensor:
@@ -56,16 +76,16 @@ def _corrected(data: Data, active: Tensor, z: Tensor, x: Tensor, rounds: int) ->
 
 
 def _on(data: Data, active: Tensor) -> Polished:
-    reduced = Reduced(data, active)
+    system = reduced(data, active)
     empty = data.q.new_zeros(*active.shape[:1], 0)
     b = empty if data.b is None else data.b.expand(len(active), -1)
-    x, y, z = reduced.refined(-data.q.expand(len(active), -1), b, data.limits.expand_as(active))
+    x, y, z = system.refined(-data.q.expand(len(active), -1), b, data.limits.expand_as(active))
     finite = (x.sum(-1) + z.sum(-1)).isfinite()
     verified = finite & ~signed_errors(data, x, z, active).any(-1)
-    if bool(reduced.degenerate.any()):  # least squares may solve what has no solution
+    if bool(system.degenerate.any()):  # least squares may solve what has no solution
         violation = data.violation(x, y, z, data.limits - data.products(x))
-        verified = verified & ~(reduced.degenerate & (violation > 1e-9 * (1 + data.magnitude)))
-    return Polished(x, y, z, active, verified, reduced)
+        verified = verified & ~(system.degenerate & (violation > VIOLATION * (1 + data.magnitude)))
+    return Polished(x, y, z, active, verified, system)
 
 
 def signed_errors(data: Data, x: Tensor, z: Tensor, active: Tensor) -> Tensor:

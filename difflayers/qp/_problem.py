@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from difflayers._problem import Form, Problem, Residual
 from difflayers.linear import LinearOperator, Property
 from difflayers.qp._data import MATRICES, Data, Point, times, transposed
 from difflayers.qp._jacobian import OptimalityJacobian
+from difflayers.qp._sparse import Pattern, Sparse
 
 
 def optimality(point: Point, data: Data) -> Tensor:
@@ -56,7 +57,7 @@ class Conditions(Residual):
 
 @dataclass(frozen=True)
 class QPProblem(Problem):
-    """``argmin ½xᵀPx + qᵀx`` subject to ``Gx ≤ h``, ``Ax = b``, ``lb ≤ x ≤ ub``, as a root of :func:`optimality`.
+    """``argmin ½xᵀPx + qᵀx`` subject to ``Gx ≤ h``, ``Ax = b``, ``lb ≤ x ≤ ub``, as a root of ``optimality``.
 
     The unknown is ``(x, y, v, low, high)``: ``y`` are the multipliers of the equations, the other three are, for each
     row of ``G``, lower and upper bound, multiplier minus slack. This is the residual map of cone programs (Busseti,
@@ -66,6 +67,7 @@ class QPProblem(Problem):
         blocks: which blocks are there, in the order in which they come as parameters.
         batch_dims: how many leading dimensions index samples.
         warm: whether a solve starts from a solution of a similar problem, whose active set is a good guess.
+        patterns: of the blocks that are sparse, by name; the parameter is then the values.
         maps: which parameters ``vmap`` took a dimension from, innermost first.
         known: the parameters that it will be bound to, off the graph and in float64, where somebody has them already.
     """
@@ -73,6 +75,7 @@ class QPProblem(Problem):
     blocks: tuple[str, ...] = ("P", "q", "G", "h", "A", "b")
     batch_dims: int = 1
     warm: bool = False
+    patterns: Mapping[str, Pattern] = field(default_factory=dict, repr=False, compare=False)
     maps: tuple[tuple[int | None, ...], ...] = ()
     known: Data | None = field(default=None, repr=False, compare=False)
     properties: frozenset[Property] = frozenset()
@@ -84,7 +87,8 @@ class QPProblem(Problem):
         """The parameters by name, with all batch dimensions or with none."""
         if self.maps:
             params = [self._aligned(index, param) for index, param in enumerate(params)]
-        return Data.of(dict(zip(self.blocks, params, strict=True)))
+        blocks = dict(zip(self.blocks, params, strict=True))
+        return Data.of(blocks | {name: Sparse.on(p, blocks[name]) for name, p in self.patterns.items()})
 
     def bind(self, *params: Any) -> Conditions:
         return Conditions(self.data(params), self)
@@ -99,7 +103,8 @@ class QPProblem(Problem):
 
     def _aligned(self, index: int, param: Tensor) -> Tensor:
         """The parameter with all batch dimensions or with none, as far as ``vmap`` took some from it."""
-        event = 2 if self.blocks[index] in MATRICES else 1
+        name = self.blocks[index]
+        event = 2 if name in MATRICES and name not in self.patterns else 1
         levels = [in_dims[index] for in_dims in self.maps]
         return param.reshape(_aligned_shape(tuple(param.shape), levels, event, self.batch_dims))
 

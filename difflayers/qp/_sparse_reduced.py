@@ -1,0 +1,178 @@
+"""The linear system of a QP on a given active set, sparse: one factorization per sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from difflayers.qp._data import Data
+from difflayers.qp._quasidefinite import Quasidefinite, Rows
+from difflayers.qp._reduced import Reduced
+from difflayers.qp._sparse import Array, Sparse
+
+# In this order, until one solves a test problem.
+REGULARIZATIONS, LARGER = (1e-8, 1e-6, 1e-10), (1e-4, 1e-6)
+STEPS = 40
+# A test problem's solution that is off by more than this says that there are several.
+UNDETERMINED = 1e-6
+
+
+def reduced(data: Data, active: Tensor) -> Reduced:
+    """The factored system, by the structure of the data."""
+    return SparseReduced(data, active) if data.sparse else Reduced(data, active)
+
+
+class SparseReduced(Reduced):
+    """``[[P, Cᵀ], [C, 0]]``, where ``C`` are the equations and the active inequalities of each sample.
+
+    Regularized, and refined until the regularization has no effect. That is the proximal method of multipliers, which
+    from zero converges to the solution of least norm where there are several (of scaled unknowns, if scales differ).
+    """
+
+    def __init__(self, data: Data, active: Tensor) -> None:
+        self.data, self.active, self.layout = data, active, data.layout
+        self.dtype, self.samples = data.q.dtype, len(active)
+        self._systems = _systems(data, active)
+        flags = [system.degenerate for system in self._systems]
+        self.degenerate = torch.tensor(flags, dtype=torch.bool, device=active.device)
+
+    def solve(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n, p = self.layout.n, self.layout.p
+        z = np.zeros((self.samples, self.layout.inequalities))
+        x_and_y = np.zeros((self.samples, n + p))
+        sides = [t.detach().cpu().numpy() for t in (first, equations, inequalities)]
+        for i, system in enumerate(self._systems):
+            x_and_y[i], z[i, system.rows] = system.solve(*[side[i] for side in sides])
+        parts = x_and_y[:, :n], x_and_y[:, n:], z
+        x, y, z_of_rows = (torch.from_numpy(part).to(first) for part in parts)
+        return x, y, z_of_rows
+
+    def refined(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.solve(first, equations, inequalities)
+
+
+def samples_of(data: Data, count: int) -> list[tuple[Any, Any, Any]]:
+    """``P``, ``A`` and ``G`` of every sample as SciPy matrices by rows, None where there is none."""
+    from scipy.sparse import csr_matrix
+
+    def listed(block: Any) -> list[Any]:
+        if block is None or isinstance(block, Sparse):
+            return [None] * count if block is None else block.csr(count)
+        dense = block.cpu().numpy()
+        return [csr_matrix(dense)] * count if dense.ndim == 2 else [csr_matrix(own) for own in dense]
+
+    return list(zip(*map(listed, (data.P, data.A, data.G)), strict=True))
+
+
+def constraints(A: Any, G: Any, rows: Array, data: Data) -> Any:
+    """``A`` above the chosen rows of ``[G; -I; I]``."""
+    layout, parts = data.layout, []
+    bounds = rows[rows >= layout.m] - layout.m
+    if A is not None:
+        parts.append(Rows.of(A))
+    if G is not None:
+        parts.append(Rows.of(G[rows[rows < layout.m]]))
+    signs = np.where(bounds < layout.low, -1.0, 1.0)
+    parts.append(Rows(signs, (bounds % layout.n).astype(np.int32), np.arange(len(bounds) + 1)))
+    return Rows.stacked(parts).matrix(layout.n)
+
+
+def _systems(data: Data, active: Tensor) -> list[_System]:
+    """One for each sample; samples that share matrices and active rows share one."""
+    host, known, systems = active.cpu().numpy(), dict[Any, _System](), []
+    for matrices, own in zip(samples_of(data, len(active)), host, strict=True):
+        key = (*map(id, matrices), own.tobytes())
+        if key not in known:
+            P, A, G = matrices
+            rows = np.flatnonzero(own)
+            known[key] = _System(rows, data.layout.n + data.layout.p, P, constraints(A, G, rows, data))
+        systems.append(known[key])
+    return systems
+
+
+class _System:
+    """The system of one sample, solved to rounding.
+
+    Attributes:
+        rows: which inequalities are active.
+        degenerate: whether it is singular.
+    """
+
+    def __init__(self, rows: Array, split: int, P: Any, C: Any) -> None:
+        self.rows, self._split = rows, split
+        matrix = Quasidefinite(P, C)
+        self._factored = _first(matrix, REGULARIZATIONS, 1e-11)
+        self.degenerate = self._factored.unknown > UNDETERMINED
+        if self.degenerate:
+            # Of the solution of least norm, rounding over regularization is lost.
+            for each in (matrix.unscaled(), matrix):
+                sharper = _first(each, LARGER, 1e-13)
+                if sharper.left <= 1e-13:
+                    self._factored = sharper
+                    break
+
+    def solve(self, first: Array, equations: Array, inequalities: Array) -> tuple[Array, Array]:
+        """``(x, y)`` and the multipliers of the active rows."""
+        w = self._factored.solve(np.concatenate([first, equations, inequalities[self.rows]]))
+        return w[: self._split], w[self._split :]
+
+
+def _first(matrix: Quasidefinite, sizes: tuple[float, ...], enough: float) -> _Factored:
+    """The factorization with the first of these regularizations that is good enough, else the best."""
+    best = _Factored(matrix, sizes[0])
+    for size in sizes[1:]:
+        if best.left <= enough:
+            break
+        best = min(best, _Factored(matrix, size), key=lambda factored: factored.left)
+    return best
+
+
+class _Factored:
+    """A factorization, and how it does on a test problem.
+
+    Attributes:
+        left: the residual of the test problem.
+        unknown: the error of its solution, which is of the order of one where there are several.
+    """
+
+    def __init__(self, matrix: Quasidefinite, regularization: float) -> None:
+        self._matrix, self._ldl = matrix, matrix.factor(regularization, regularization)
+        generator = np.random.default_rng(0)
+        test = generator.choice([-1.0, 1.0], matrix.size) * generator.uniform(0.5, 1, matrix.size)
+        self.left = self.unknown = np.inf
+        if self._ldl is not None:
+            found, rest = self._refined(matrix.scaled_times(test))
+            self.left, self.unknown = _largest(rest), _largest(found - test)
+
+    def solve(self, rhs: Array) -> Array:
+        scaled = self._matrix.scale * rhs
+        if self._ldl is None:
+            return np.full_like(rhs, np.nan)
+        w, rest = self._refined(scaled)
+        if self.unknown > UNDETERMINED and _largest(rest) > 1e-9 * _largest(scaled):
+            # What no solution reaches is orthogonal to what others do: without it, the rest is solved exactly.
+            w, _ = self._refined(scaled - rest)
+        solution: Array = self._matrix.scale * w
+        return solution
+
+    def _refined(self, rhs: Array) -> tuple[Array, Array]:
+        """The scaled solution, and what it leaves of the right-hand side."""
+        w, rest = np.zeros_like(rhs), rhs
+        for _ in range(STEPS):
+            proposal = w + self._ldl.solve(rest)
+            left = rhs - self._matrix.scaled_times(proposal)
+            before, after = _largest(rest), _largest(left)
+            if not after < before:
+                break
+            w, rest = proposal, left
+            size = _largest(rhs) + _largest(w)
+            if after <= 1e-16 * size or after > 0.9 * before or (after > 0.5 * before and after <= 1e-13 * size):
+                break
+        return w, rest
+
+
+def _largest(w: Array) -> float:
+    return float(np.abs(w).max(initial=0))
