@@ -14,6 +14,7 @@ from difflayers.qp._sparse_reduced import reduced
 
 # Rounds of correction. The first few exchange all wrong rows at once, which is Newton's method and may cycle.
 ROUNDS, TOGETHER = 20, 5
+EXCHANGES = 3  # rounds for sparse problems, before what is slower but can't cycle
 # What of the conditions may be violated, beside the data, where they can't hold exactly.
 VIOLATION = 1e-9
 
@@ -40,9 +41,20 @@ def polished(data: Data, active: Tensor, start: tuple[Tensor, Tensor, Tensor], r
         return first
     wrong = ~first.verified
     if data.sparse:
-        return _proximally(data, first, start, rounds)
+        return _sparsely(data, first, start, rounds)
     mended = _corrected(data.rows(wrong), active[wrong], first.z[wrong], first.x[wrong], rounds)
     return _on(data, active.index_put((wrong,), mended))
+
+
+def _sparsely(data: Data, first: Polished, start: tuple[Tensor, Tensor, Tensor], rounds: int) -> Polished:
+    """By exchanging wrong rows a few times, which mostly does, or what is near the start."""
+    for _ in range(EXCHANGES):
+        wrong = ~first.verified & ~first.reduced.degenerate
+        if not bool(wrong.any()):
+            break
+        errors = signed_errors(data, first.x, first.z, first.active) * wrong[:, None]
+        first = _on(data, first.active ^ (errors > 0), first.reduced)
+    return first if bool(first.verified.all()) else _proximally(data, first, start, rounds)
 
 
 def _proximally(data: Data, first: Polished, start: tuple[Tensor, Tensor, Tensor], rounds: int) -> Polished:
@@ -51,7 +63,7 @@ def _proximally(data: Data, first: Polished, start: tuple[Tensor, Tensor, Tensor
     part = data.rows(wrong)
     x, y, z = (t[wrong] for t in start)
     x, y, z, active = proximal(part, x, y, z, 3 * rounds)
-    exact = _on(data, first.active.index_put((wrong,), active))
+    exact = _on(data, first.active.index_put((wrong,), active), first.reduced)
     for new, near in ((exact.x, x), (exact.y, y), (exact.z, z)):
         new[wrong] = torch.where(exact.verified[wrong, None], new[wrong], near)
     violation = part.violation(x, y, z, part.limits - part.products(x))
@@ -75,8 +87,8 @@ def _corrected(data: Data, active: Tensor, z: Tensor, x: Tensor, rounds: int) ->
     return active
 
 
-def _on(data: Data, active: Tensor) -> Polished:
-    system = reduced(data, active)
+def _on(data: Data, active: Tensor, before: Reduced | None = None) -> Polished:
+    system = reduced(data, active, before)
     empty = data.q.new_zeros(*active.shape[:1], 0)
     b = empty if data.b is None else data.b.expand(len(active), -1)
     x, y, z = system.refined(-data.q.expand(len(active), -1), b, data.limits.expand_as(active))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,13 @@ STEPS = 40
 UNDETERMINED = 1e-6
 
 
-def reduced(data: Data, active: Tensor) -> Reduced:
-    """The factored system, by the structure of the data."""
-    return SparseReduced(data, active) if data.sparse else Reduced(data, active)
+def reduced(data: Data, active: Tensor, before: Reduced | None = None) -> Reduced:
+    """The factored system, by the structure of the data.
+
+    ``before``: of the same data, on active sets of which some may be the same.
+    """
+    known = before.known if isinstance(before, SparseReduced) and before.data is data else {}
+    return SparseReduced(data, active, known) if data.sparse else Reduced(data, active)
 
 
 class SparseReduced(Reduced):
@@ -32,10 +37,11 @@ class SparseReduced(Reduced):
     from zero converges to the solution of least norm where there are several (of scaled unknowns, if scales differ).
     """
 
-    def __init__(self, data: Data, active: Tensor) -> None:
+    def __init__(self, data: Data, active: Tensor, known: Mapping[Any, _System]) -> None:
         self.data, self.active, self.layout = data, active, data.layout
         self.dtype, self.samples = data.q.dtype, len(active)
-        self._systems = _systems(data, active)
+        keys, self.known = _systems(data, active, known)
+        self._systems = [self.known[key] for key in keys]
         flags = [system.degenerate for system in self._systems]
         self.degenerate = torch.tensor(flags, dtype=torch.bool, device=active.device)
 
@@ -80,17 +86,19 @@ def constraints(A: Any, G: Any, rows: Array, data: Data) -> Any:
     return Rows.stacked(parts).matrix(layout.n)
 
 
-def _systems(data: Data, active: Tensor) -> list[_System]:
-    """One for each sample; samples that share matrices and active rows share one."""
-    host, known, systems = active.cpu().numpy(), dict[Any, _System](), []
-    for matrices, own in zip(samples_of(data, len(active)), host, strict=True):
-        key = (*map(id, matrices), own.tobytes())
-        if key not in known:
-            P, A, G = matrices
+def _systems(data: Data, active: Tensor, known: Mapping[Any, _System]) -> tuple[list[Any], dict[Any, _System]]:
+    """A key for each sample, and the systems; samples that share matrices and active rows share one."""
+    batched = any(block is not None and block.dim() > 2 for block in (data.P, data.A, data.G))
+    keys, systems = [], {}
+    for i, (own, (P, A, G)) in enumerate(zip(active.cpu().numpy(), samples_of(data, len(active)), strict=True)):
+        key = (i if batched else 0, own.tobytes())
+        keys.append(key)
+        if key in known:
+            systems[key] = known[key]
+        elif key not in systems:
             rows = np.flatnonzero(own)
-            known[key] = _System(rows, data.layout.n + data.layout.p, P, constraints(A, G, rows, data))
-        systems.append(known[key])
-    return systems
+            systems[key] = _System(rows, data.layout.n + data.layout.p, P, constraints(A, G, rows, data))
+    return keys, systems
 
 
 class _System:
