@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from _measure import INF, stopwatch
-from _qp_peers import PEERS, Method, Run, differentiated
+from _qp_peers import PEERS, Method, Peer, Run, differentiated, leaf
 from _qp_problems import Case
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class Ours:
     start: Case | None = None
 
     def __call__(self, case: Case) -> Run:
-        init = None if self.start is None else solve_qp(*self.start.blocks, solver=self.solver)
+        init = None if self.start is None else solve_qp(*map(leaf, self.start.blocks), solver=self.solver)
         return differentiated(case, lambda *blocks: solve_qp(*blocks, solver=self.solver, init=init).x)
 
 
@@ -51,14 +52,14 @@ class Comparison:
     results: dict[str, Result] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def best(self, names: Iterable[str]) -> tuple[str, Result] | None:
-        """The fastest of those with a credible gradient."""
-        credible = {
+    def best(self, names: Iterable[str], credible: float = CREDIBLE) -> tuple[str, Result] | None:
+        """The fastest of those whose gradient error is at most ``credible``."""
+        candidates = {
             name: self.results[name]
             for name in names
-            if name in self.results and self.results[name].gradient_error <= CREDIBLE
+            if name in self.results and self.results[name].gradient_error <= credible
         }
-        return min(credible.items(), key=lambda item: item[1].total, default=None)
+        return min(candidates.items(), key=lambda item: item[1].total, default=None)
 
 
 def compare(methods: Mapping[str, tuple[Method, Case]], repetitions: int, seconds: float) -> Comparison:
@@ -67,7 +68,7 @@ def compare(methods: Mapping[str, tuple[Method, Case]], repetitions: int, second
     for name, (method, case) in methods.items():
         try:
             run = method(case)
-            comparison.results[name] = _examined(case, *run())
+            comparison.results[name] = examined(case, *run())
             runs[name] = run, calls(run)
         except Exception as error:  # a peer that can't do this case is left out of it
             comparison.failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
@@ -80,10 +81,19 @@ def compare(methods: Mapping[str, tuple[Method, Case]], repetitions: int, second
     return comparison
 
 
-def _examined(case: Case, x: Any, gradients: Sequence[Any]) -> Result:
-    gradients = [None if g is None else np.asarray(g, dtype=np.float64) for g in gradients]
+def examined(case: Case, x: Any, gradients: Sequence[Any]) -> Result:
+    of_P, *others = gradients
+    of_P = None if of_P is None else (of_P + of_P.mT) / 2
+    arrays = [None if g is None else _array(g) for g in (of_P, *others)]
     reference = case.reference
-    return Result(case, reference.x_error(np.asarray(x, dtype=np.float64)), reference.gradient_error(gradients))
+    return Result(case, reference.x_error(np.asarray(x, dtype=np.float64)), reference.gradient_error(arrays))
+
+
+def _array(gradient: Any) -> np.ndarray[Any, Any]:
+    """In float64; of a sparse matrix the entries, row by row."""
+    if isinstance(gradient, Tensor) and gradient.is_sparse:
+        gradient = gradient.coalesce().values()[None]
+    return np.asarray(gradient, dtype=np.float64)
 
 
 def calls(run: Callable[[], object], seconds: float = 0.01) -> int:
@@ -91,13 +101,12 @@ def calls(run: Callable[[], object], seconds: float = 0.01) -> int:
     return max(1, min(50, round(seconds / max(stopwatch(run), 1e-6))))
 
 
-def peers() -> dict[str, Method]:
-    """Those that are installed."""
-    return {name: peer.method for name, peer in PEERS.items() if not peer.missing}
+def installed(peers: Mapping[str, Peer] = PEERS) -> dict[str, Method]:
+    return {name: peer.method for name, peer in peers.items() if not peer.missing}
 
 
-def missing_peers() -> dict[str, str]:
-    return {name: f"{', '.join(peer.missing)} not installed" for name, peer in PEERS.items() if peer.missing}
+def missing(peers: Mapping[str, Peer] = PEERS) -> dict[str, str]:
+    return {name: f"{', '.join(peer.missing)} not installed" for name, peer in peers.items() if peer.missing}
 
 
 def backends() -> tuple[dict[str, Method], dict[str, str]]:
@@ -129,14 +138,17 @@ class Floor:
         return self.backend + self.factorization
 
 
-def floor(case: Case, solver: str, repetitions: int) -> Floor:
-    """Of a solve with a backend, on the active set of the reference."""
-    alone, factor = _alone(case, solver), lambda: _factored(case)
-    best, counts = [INF, INF], (calls(alone), calls(factor))
-    for _ in range(repetitions):
-        times = (stopwatch(run, count) for run, count in zip((alone, factor), counts, strict=True))
-        best = [min(pair) for pair in zip(best, times, strict=True)]
-    return Floor(*best)
+def floor(case: Case, solver: str | None, repetitions: int) -> Floor:
+    """Of a solve with a backend, None for a warm start that needs none, on the active set of the reference."""
+    alone = None if solver is None else _sparse_piqp(case) if case.is_sparse else _alone(case, solver)
+    factor = _sparse_factored(case) if case.is_sparse else _factored(case)
+    backend, factorization = (0.0 if run is None else _least(run, repetitions) for run in (alone, factor))
+    return Floor(backend, factorization)
+
+
+def _least(run: Callable[[], object], repetitions: int) -> float:
+    count = calls(run)
+    return min(stopwatch(run, count) for _ in range(repetitions))
 
 
 def chosen(case: Case) -> str:
@@ -198,7 +210,7 @@ def _piqp(case: Case) -> Callable[[], None]:
     return run
 
 
-def _factored(case: Case) -> Tensor:
+def _factored(case: Case) -> Callable[[], Tensor]:
     """Two batched Cholesky factorizations: of ``P``, and of ``C P⁻¹ Cᵀ`` with equations and active rows ``C``."""
     P, _, G, _, A, _ = case.blocks
     active = torch.from_numpy(case.reference.active)
@@ -206,11 +218,39 @@ def _factored(case: Case) -> Tensor:
     first = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(count.max())]
     there = torch.arange(first.shape[1]) < count[:, None]
     rows = torch.cat([A, G.gather(1, first[..., None].expand(-1, -1, G.shape[2])) * there[..., None]], dim=1)
-    lower = torch.linalg.cholesky_ex(P)[0]
-    reached = torch.linalg.solve_triangular(lower, rows.mT, upper=False)
-    gram = reached.mT @ reached
-    gram.diagonal(dim1=1, dim2=2)[:, A.shape[1] :].add_(~there)
-    return torch.linalg.cholesky_ex(gram)[0]
+
+    def run() -> Tensor:
+        lower = torch.linalg.cholesky_ex(P)[0]
+        reached = torch.linalg.solve_triangular(lower, rows.mT, upper=False)
+        gram = reached.mT @ reached
+        gram.diagonal(dim1=1, dim2=2)[:, A.shape[1] :].add_(~there)
+        return torch.linalg.cholesky_ex(gram)[0]
+
+    return run
+
+
+def _sparse_piqp(case: Case) -> Callable[[], None]:
+    import piqp
+
+    P, q, G, h, A, b = (block.tocsc() if sp.issparse(block) else block[0].numpy() for block in case.blocks)
+
+    def run() -> None:
+        solver = piqp.SparseSolver()
+        settings = solver.settings
+        settings.eps_abs = settings.eps_rel = 1e-9
+        solver.setup(P, q, A, b, G, None, h, None, None)
+        solver.solve()
+
+    return run
+
+
+def _sparse_factored(case: Case) -> Callable[[], object]:
+    import qdldl
+
+    P, _, G, _, A, _ = case.blocks
+    rows = sp.vstack([A, G[case.reference.active[0]]])
+    system = sp.bmat([[P, rows.T], [rows, -1e-9 * sp.eye(rows.shape[0])]]).tocsc()
+    return lambda: qdldl.Solver(system)
 
 
 def wall(run: Callable[[], object], repetitions: int) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from _qp_problems import Case
 from torch import Tensor
@@ -43,13 +44,23 @@ SIZES = ("128, 10, 10, 2", "128, 50, 50, 10", "32, 100, 100, 20", "8, 200, 200, 
 
 def differentiated(case: Case, solve: Callable[..., Tensor]) -> Run:
     """``solve(P, q, G, h, A, b)`` and its gradients by backpropagation."""
-    blocks = [block.clone().requires_grad_() for block in case.blocks]
+    blocks = [leaf(block) for block in case.blocks]
 
     def run() -> tuple[Tensor, Sequence[Tensor | None]]:
         x = solve(*blocks)
         return x.detach(), torch.autograd.grad((x * case.cotangent).sum(), blocks)
 
     return run
+
+
+def leaf(block: Any) -> Tensor:
+    """The block as a tensor of its own that requires a gradient."""
+    if isinstance(block, Tensor):
+        return block.clone().requires_grad_()
+    entries = block.tocoo()
+    index = np.stack([entries.row, entries.col])
+    tensor = torch.sparse_coo_tensor(index, entries.data, entries.shape, check_invariants=True)
+    return tensor.coalesce().requires_grad_()
 
 
 def qpth(case: Case) -> Run:
@@ -110,6 +121,36 @@ def _cvxpylayer(
     return differentiated(case, lambda P, *rest: layer(first(P), *rest, solver_args=solver_args or {})[0])
 
 
+def sparse_cvxpylayers(case: Case, **options: Any) -> Run:
+    """With constant matrices: gradients of vectors only."""
+    import cvxpy as cp
+    from cvxpylayers.torch import CvxpyLayer
+
+    P, q, G, h, A, b = case.blocks
+    x = cp.Variable(P.shape[0])
+    parameters = [cp.Parameter(vector.shape[-1]) for vector in (q, h, b)]
+    cost = cp.quad_form(x, P, assume_PSD=True) / 2 + parameters[0] @ x
+    problem = cp.Problem(cp.Minimize(cost), [G @ x <= parameters[1], A @ x == parameters[2]])
+    arguments = options.pop("solver_args", {})
+    layer = CvxpyLayer(problem, parameters, [x], **options)
+    vectors = [leaf(vector) for vector in (q, h, b)]
+
+    def run() -> tuple[Tensor, Sequence[Tensor | None]]:
+        (x,) = layer(*vectors, solver_args=arguments)
+        dq, dh, db = torch.autograd.grad((x * case.cotangent).sum(), vectors)
+        return x.detach(), (None, dq, None, dh, None, db)
+
+    return run
+
+
+def sparse_moreau(case: Case) -> Run:
+    return sparse_cvxpylayers(case, solver="MOREAU")
+
+
+def sparse_clarabel(case: Case) -> Run:
+    return sparse_cvxpylayers(case, solver_args={"solve_method": "Clarabel"})
+
+
 def qpax(case: Case, **options: float) -> Run:
     import qpax
 
@@ -132,7 +173,9 @@ def jaxopt(case: Case, **options: float) -> Run:
 
 
 def _compiled(case: Case, solve: Callable[..., Any]) -> Run:
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    # One thread. With two, jaxlib 0.10 waits forever for its own threads in batched factorizations.
+    os.environ.setdefault("NPROC", "1")
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     import jax
 
     jax.config.update("jax_enable_x64", True)
@@ -175,4 +218,8 @@ PEERS = {
     "qpax": Peer(qpax, ("qpax",), _quoted("7.5 ms / 0.33", "175 ms / 0.36", "193 ms / 0.43", "272 ms / 0.47")),
     "qpax, to 1e-10": Peer(qpax_tight, ("qpax",), {}),
     "jaxopt's OSQP": Peer(jaxopt, ("jaxopt",), dict(zip(SIZES, ("31 ms / 0.01", "3.3 s / 0.11"), strict=False))),
+}
+SPARSE_PEERS = {
+    "Moreau 0.4.1 through cvxpylayers": Peer(sparse_moreau, ("moreau", "cvxpylayers"), {}),
+    "cvxpylayers 1.2 with Clarabel": Peer(sparse_clarabel, ("cvxpylayers", "clarabel"), {}),
 }

@@ -87,7 +87,7 @@ def sparse(kind: str, n: int = 5000, inequalities: int = 5000, equations: int = 
     """One QP with a tridiagonal ``P`` and few nonzeros in a row: ``"random"`` columns, or ``"banded"`` ones."""
     random = np.random.default_rng(0)
     side = sp.diags([random.uniform(-0.4, 0.4, n - 1)], [1])
-    P = (sp.diags(random.uniform(1, 2, n)) + side + side.T).tocsc()
+    P = (sp.diags(random.uniform(1, 2, n)) + side + side.T).tocsr()
     G, A = (_few_entries(random, rows, n, kind) for rows in (inequalities, equations))
     q, inside = random.standard_normal((2, n))
     h, b = G @ inside + random.uniform(0, 1, inequalities), A @ inside
@@ -96,14 +96,14 @@ def sparse(kind: str, n: int = 5000, inequalities: int = 5000, equations: int = 
     return Case(f"sparse {n}, {kind}", (P, q, G, h, A, b), cotangent)
 
 
-def _few_entries(random: np.random.Generator, rows: int, n: int, kind: str) -> sp.csc_matrix:
+def _few_entries(random: np.random.Generator, rows: int, n: int, kind: str) -> sp.csr_matrix:
     count, reach = {"random": (3, 0), "banded": (5, 20)}[kind]
     row = np.repeat(np.arange(rows), count)
     if reach:
         column = (row * n // rows + random.integers(-reach, reach + 1, len(row))) % n
     else:
         column = random.integers(0, n, len(row))
-    return sp.csc_matrix((random.standard_normal(len(row)), (row, column)), shape=(rows, n))
+    return sp.csr_matrix((random.standard_normal(len(row)), (row, column)), shape=(rows, n))
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Reference:
 
     Attributes:
         x: ``(samples, n)``.
-        gradients: of ``sum(cotangent * x)`` in the order of ``NAMES``; of a sparse matrix, at its entries.
+        gradients: of ``sum(cotangent * x)`` in the order of ``NAMES``; of a sparse matrix, at its entries, row by row.
         active: which inequalities are, ``(samples, m)``.
         margin: per sample, the least over rows of the larger of multiplier and slack.
     """
@@ -131,12 +131,10 @@ class Reference:
         return _relative(x, self.x)
 
     def gradient_error(self, gradients: Sequence[Array | None]) -> float:
-        """The worst of the blocks', over regular samples; those without a gradient don't count."""
+        """The worst of the blocks', over regular samples; that of ``P`` is symmetrized. None doesn't count."""
         errors = []
         for got, true in zip(gradients, self.gradients, strict=True):
             if got is not None:
-                symmetric = got.ndim == 3 and got.shape[-1] == got.shape[-2] == self.x.shape[-1] and got is gradients[0]
-                got = (got + got.swapaxes(-1, -2)) / 2 if symmetric else got
                 errors.append(_relative(got[self.regular], true[self.regular]))
         return max(errors)
 
@@ -192,7 +190,8 @@ def _active(P: Any, q: Array, G: Any, h: Array, A: Any, b: Array) -> Array:
     settings.eps_abs, settings.eps_rel = 1e-12, 0.0
     settings.check_duality_gap = True
     settings.eps_duality_gap_abs, settings.eps_duality_gap_rel = 1e-12, 0.0
-    solver.setup(P, q, A, b, G, None, h, None, None)
+    blocks = [block.tocsc() if sp.issparse(block) else block for block in (P, q, A, b, G)]
+    solver.setup(*blocks, None, h, None, None)
     solver.solve()
     active: Array = np.array(solver.result.z_u)[: len(h)] > h - G @ solver.result.x
     return active
