@@ -5,6 +5,7 @@ from difflayers.qp._api import QPSolution, solve_qp
 from difflayers.qp._auto import Auto
 from difflayers.qp._clarabel import Clarabel
 from difflayers.qp._daqp import DAQP
+from difflayers.qp._feasible import Sides, closest_feasible
 from difflayers.qp._highs import HiGHS
 from difflayers.qp._interior_point import InteriorPoint
 from difflayers.qp._layer import QPLayer
@@ -42,7 +43,9 @@ __all__ = [
     "QPProblem",
     "QPSolution",
     "QPSolver",
+    "Sides",
     "Sparse",
+    "closest_feasible",
     "projections",
     "solve_qp",
 ]
