@@ -49,8 +49,8 @@ class QPSolution(Solution):
     def numpy(self) -> QPSolution:
         """The same with NumPy arrays, detached, on the CPU."""
         plain = super().numpy()
-        fields = plain.value, plain.status, plain.stats
-        return QPSolution(*fields, None, *map(to_numpy, (self.y, self.z, self.z_box)), self.solver, self.point)
+        y, z, z_box = (to_numpy(part) for part in (self.y, self.z, self.z_box))
+        return QPSolution(plain.value, plain.status, plain.stats, None, y, z, z_box, self.solver, self.point)
 
 
 def solve_qp(
