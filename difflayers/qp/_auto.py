@@ -11,6 +11,7 @@ from difflayers.qp._data import Data, Layout
 from difflayers.qp._interior_point import InteriorPoint
 from difflayers.qp._piqp import PIQP
 from difflayers.qp._solver import Answers, QPSolver
+from difflayers.qp._sparse_reduced import width
 
 
 @dataclass(frozen=True)
@@ -19,23 +20,28 @@ class Auto(QPSolver):
 
     On a GPU InteriorPoint; otherwise DAQP where every ``P`` is dense and positive definite and there are few unknowns
     and inequalities, and PIQP where not. PIQP and then Clarabel get the samples that are neither solved nor proved to
-    have no solution. Equations alone need no backend.
+    have no solution; of sparse problems that factorizations fill in, Clarabel first, whose own are by dense pieces.
+    Equations alone need no backend.
 
     Args:
         unknowns: up to how many there are few.
         inequalities: up to how many there are few; a bound counts twice, since PIQP makes less of them.
+        front: up to which width of a search through the graph of a sparse problem it is PIQP's.
     """
 
     unknowns: int = 150
     inequalities: int = 300
+    front: int = 1300
 
     def choices(self, data: Data) -> Sequence[QPSolver]:
         if not data.layout.inequalities:
             return (self,)
+        if data.sparse:
+            return (Clarabel(), PIQP()) if width(data) > self.front else (PIQP(), Clarabel())
         others = (PIQP(), Clarabel())
         if data.q.device.type != "cpu":
             return (InteriorPoint(), *others)
-        return (DAQP(), *others) if not data.sparse and self._is_small(data.layout) and _is_curved(data) else others
+        return (DAQP(), *others) if self._is_small(data.layout) and _is_curved(data) else others
 
     def answers(self, data: Data, count: int) -> Answers:
         return self.choices(data)[0].answers(data, count)

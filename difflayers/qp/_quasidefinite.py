@@ -144,6 +144,29 @@ def ldl(below: Rows, diagonal: Array) -> Any:
     return qdldl.Solver(csc_matrix((values, index, pointers), shape=(size, size), copy=False), upper=True)
 
 
+def front(P: Any, C: Any) -> int:
+    """The widest level of a breadth-first search through the graph of the system, from a node far out.
+
+    A measure of what factorizations fill in: small along a chain, of the order of the size where anything is near to
+    anything else.
+    """
+    from scipy.sparse import bmat
+    from scipy.sparse.csgraph import breadth_first_order
+
+    graph = bmat([[P, C.T], [C, None]], format="csr")
+    graph.data = np.ones(len(graph.data))
+    far = breadth_first_order(graph, 0, return_predecessors=False)[-1]
+    order, before = breadth_first_order(graph, far)
+    place = np.empty(graph.shape[0], dtype=np.int64)
+    place[order] = np.arange(len(order))
+    parents = place[before[order[1:]]]  # in the order of the search, so they only go up
+    widest, start, end = 1, 0, 1
+    while start < end:
+        start, end = end, 1 + int(np.searchsorted(parents, end))
+        widest = max(widest, end - start)
+    return widest
+
+
 def negative_curvature(P: Any, tolerance: float) -> bool:
     """Whether a symmetric matrix has an eigenvalue below ``-tolerance``."""
     diagonal, below = P.diagonal(), Rows.below_diagonal(P, P.shape[0])

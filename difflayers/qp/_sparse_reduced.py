@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from difflayers.qp._data import Data
-from difflayers.qp._quasidefinite import Quasidefinite, Rows
+from difflayers.qp._quasidefinite import Quasidefinite, Rows, front
 from difflayers.qp._reduced import Reduced
 from difflayers.qp._sparse import Array, Sparse
 
@@ -71,6 +71,12 @@ def samples_of(data: Data, count: int) -> list[tuple[Any, Any, Any]]:
         return [csr_matrix(dense)] * count if dense.ndim == 2 else [csr_matrix(own) for own in dense]
 
     return list(zip(*map(listed, (data.P, data.A, data.G)), strict=True))
+
+
+def width(data: Data) -> int:
+    """How wide the graph of a sparse problem is; see :func:`~difflayers.qp._quasidefinite.front`."""
+    P, A, G = samples_of(data.rows(torch.zeros(1, dtype=torch.int64, device=data.q.device)), 1)[0]
+    return front(P, constraints(A, G, np.arange(data.layout.m), data))
 
 
 def constraints(A: Any, G: Any, rows: Array, data: Data) -> Any:

@@ -9,7 +9,7 @@ from torch.func import jacfwd, jacrev, vmap
 
 from difflayers import Status
 from difflayers.errors import ProblemError
-from difflayers.qp import DAQP, OSQP, PIQP, Clarabel, InteriorPoint, Sparse, solve_qp
+from difflayers.qp import DAQP, OSQP, PIQP, Auto, Clarabel, InteriorPoint, Sparse, solve_qp
 from difflayers.qp._data import Data
 from difflayers.qp._proximal import proximal
 
@@ -343,3 +343,25 @@ def test_a_thousand_unknowns_to_rounding():
     np.testing.assert_allclose(gradients[0].numpy(), -u[:n], atol=1e-11)
     np.testing.assert_allclose(gradients[2].numpy(), u[n : n + p], atol=1e-11)
     np.testing.assert_allclose(gradients[1].numpy()[z > 0], u[n + p :], atol=1e-11)
+
+
+@pytest.mark.parametrize(("spread", "first"), [(10, PIQP), (1000, Clarabel)], ids=["chain", "random"])
+def test_auto_looks_at_what_factorizations_fill_in(spread, first):
+    generator = np.random.default_rng(0)
+    n = m = 1000
+    columns = (np.repeat(np.arange(m), 3) + generator.integers(-spread, spread + 1, 3 * m)) % n
+    values = generator.standard_normal(3 * m)
+    G = scipy.sparse.csr_matrix((values, (np.repeat(np.arange(m), 3), columns)), shape=(m, n))
+    blocks = {"P": torch.eye(n), "q": torch.ones(n), "G": torch.from_numpy(G.toarray()), "h": torch.ones(m)}
+    data = Data.of(converted(blocks, sparse))
+    assert isinstance(Auto(front=300).choices(data)[0], first)
+    assert isinstance(Auto(front=n + m).choices(data)[0], PIQP)
+
+
+def test_missing_columns_and_rows_without_entries():
+    G = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    found = solve_qp(sparse(torch.eye(3)), torch.tensor([1.0, 2.0, -3.0]), sparse(G), torch.tensor([1.0, -2.0]))
+    contracts.assert_close(found.x, torch.tensor([-2.0, -2.0, 3.0]), 1e-12)
+    empty = Sparse(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0), (2, 3))
+    found = solve_qp(sparse(torch.eye(3)), torch.ones(3), empty, torch.ones(2))
+    contracts.assert_close(found.x, -torch.ones(3), 1e-12)
