@@ -4,6 +4,11 @@ from difflayers.qp import projections
 from difflayers.qp._api import QPSolution, solve_qp
 from difflayers.qp._auto import Auto
 from difflayers.qp._clarabel import Clarabel
+from difflayers.qp._cone_api import ConeSolution, solve_cone
+from difflayers.qp._cone_problem import ConeProblem
+from difflayers.qp._cone_scs import SCS
+from difflayers.qp._cone_solver import ConeSolver
+from difflayers.qp._cones import Cones
 from difflayers.qp._daqp import DAQP
 from difflayers.qp._feasible import Sides, closest_feasible
 from difflayers.qp._highs import HiGHS
@@ -33,8 +38,13 @@ __all__ = [
     "DAQP",
     "OSQP",
     "PIQP",
+    "SCS",
     "Auto",
     "Clarabel",
+    "ConeProblem",
+    "ConeSolution",
+    "ConeSolver",
+    "Cones",
     "HiGHS",
     "InteriorPoint",
     "Moreau",
@@ -47,5 +57,6 @@ __all__ = [
     "Sparse",
     "closest_feasible",
     "projections",
+    "solve_cone",
     "solve_qp",
 ]

@@ -1,0 +1,199 @@
+"""Cones of one kind and size, all of them at once."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from difflayers._autodiff import value_and_jacobian
+from difflayers.qp._exponential import exponential_cone
+from difflayers.qp._power import power_cone
+from difflayers.qp.projections._cones import psd, second_order_cone
+
+ROOT2 = 2**0.5
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues ``(samples, count, size)`` and eigenvectors, as columns, of symmetric blocks."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+class Piece(ABC):
+    """Cones of one kind and size; ``index (count, size)`` are their rows."""
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
+
+    def take(self, rows: Tensor, dim: int = -1) -> Tensor:
+        """The rows of these cones, with ``dim`` split into two."""
+        picked = rows.index_select(dim, self.index.flatten().to(rows.device))
+        cones: Tensor = picked.unflatten(dim, self.index.shape)
+        return cones
+
+    @abstractmethod
+    def project(self, v: Tensor) -> Tensor:
+        """The nearest point of the dual cone, ``(*batch, count, size)``."""
+
+    @abstractmethod
+    def spectrum(self, v: Tensor) -> Spectrum:
+        """Of the derivative of :meth:`project` at ``v (samples, count, size)``."""
+
+
+class SecondOrder(Piece):
+    """Second-order cones."""
+
+    def project(self, v: Tensor) -> Tensor:
+        return torch.relu(v) if v.shape[-1] == 1 else second_order_cone(v)
+
+    def spectrum(self, v: Tensor) -> Spectrum:
+        """Eigenvectors ``(1, ±u/‖u‖)/√2`` and ``(0, e)`` for ``e`` orthogonal to ``u``."""
+        t, u = v[..., 0], v[..., 1:]
+        size = torch.linalg.vector_norm(u, dim=-1)
+        inside, polar = size <= t, size <= -t
+        ratio = (t + size) / (2 * torch.where(size > 0, size, 1))
+        middle = torch.where(inside, 1, torch.where(polar, 0, ratio)).unsqueeze(-1).expand_as(v).clone()
+        between = ~(inside | polar)
+        middle[..., :1] = torch.where(between, 1, middle[..., 0]).unsqueeze(-1)
+        middle[..., 1:2] = torch.where(between.unsqueeze(-1), 0, middle[..., 1:2])
+        return Spectrum(middle, _around(u, size))
+
+
+def _around(u: Tensor, size: Tensor) -> Tensor:
+    """Orthogonal matrices whose first columns are ``(1, ±u/‖u‖)/√2``, by a Householder reflection."""
+    k = u.shape[-1]
+    vectors = u.new_zeros(*u.shape[:-1], k + 1, k + 1)
+    if k == 0:
+        return vectors + 1
+    first = torch.eye(k, dtype=u.dtype, device=u.device)[0]
+    unit = torch.where((size > 0).unsqueeze(-1), u / torch.where(size > 0, size, 1).unsqueeze(-1), first)
+    mirror = unit + torch.where(unit[..., :1] >= 0, 1, -1) * first
+    mirror = mirror / torch.linalg.vector_norm(mirror, dim=-1, keepdim=True)
+    reflection = torch.eye(k, dtype=u.dtype, device=u.device) - 2 * mirror.unsqueeze(-1) * mirror.unsqueeze(-2)
+    vectors[..., 0, :2] = 1 / ROOT2
+    vectors[..., 1:, 0], vectors[..., 1:, 1] = unit / ROOT2, -unit / ROOT2
+    vectors[..., 1:, 2:] = reflection[..., 1:]
+    return vectors
+
+
+class Semidefinite(Piece):
+    """Positive semidefinite matrices of order ``k``."""
+
+    def __init__(self, index: Tensor, k: int) -> None:
+        super().__init__(index)
+        self.k = k
+
+    def project(self, v: Tensor) -> Tensor:
+        return self._vector(psd(self._matrix(v)))
+
+    def spectrum(self, v: Tensor) -> Spectrum:
+        """For the eigenvectors ``q`` of the matrix, ``qᵢqⱼᵀ + qⱼqᵢᵀ`` for every pair."""
+        values, Q = torch.linalg.eigh(self._matrix(v))
+        rounding = self.k * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        rows, columns = self._triangle
+        one, other = values[..., rows], values[..., columns]
+        high, low = (values > rounding)[..., rows], (values > rounding)[..., columns]
+        across = high != low
+        ratio = torch.maximum(one, other) / torch.where(across, (one - other).abs(), 1)
+        D = torch.where(across, ratio, (high & low).to(v.dtype))
+        pairs = Q[..., rows, :][..., rows] * Q[..., columns, :][..., columns]
+        pairs = pairs + Q[..., rows, :][..., columns] * Q[..., columns, :][..., rows]
+        weight = torch.where(rows == columns, 0.5**0.5, 1).to(v)
+        return Spectrum(D, pairs * weight.unsqueeze(-1) * weight)
+
+    @cached_property
+    def _triangle(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the upper triangle, column by column."""
+        columns, rows = torch.tril_indices(self.k, self.k)
+        return rows, columns
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Where each entry of the matrix is in the vector, and what it is multiplied by there."""
+        rows, columns = self._triangle
+        places = torch.zeros(self.k, self.k, dtype=torch.int64)
+        places[rows, columns] = places[columns, rows] = torch.arange(len(rows))
+        scale = torch.full((self.k, self.k), 1 / ROOT2, dtype=torch.float64)
+        return places, scale.fill_diagonal_(1)
+
+    def _matrix(self, v: Tensor) -> Tensor:
+        places, scale = self._places
+        return v[..., places.to(v.device)] * scale.to(v)
+
+    def _vector(self, X: Tensor) -> Tensor:
+        rows, columns = self._triangle
+        _, scale = self._places
+        return X[..., rows, columns] / scale[rows, columns].to(X)
+
+
+class Exponential(Piece):
+    """Exponential cones."""
+
+    def project(self, v: Tensor) -> Tensor:
+        return v + exponential_cone(-v)
+
+    def spectrum(self, v: Tensor) -> Spectrum:
+        return _by_autodiff(self, v)
+
+
+class Power(Piece):
+    """Power cones."""
+
+    def __init__(self, index: Tensor, exponents: Sequence[float]) -> None:
+        super().__init__(index)
+        self.exponents = torch.tensor(exponents, dtype=torch.float64)
+
+    def project(self, v: Tensor) -> Tensor:
+        return v + power_cone(-v, self.exponents.to(v))
+
+    def spectrum(self, v: Tensor) -> Spectrum:
+        return _by_autodiff(self, v)
+
+
+def _by_autodiff(piece: Piece, v: Tensor) -> Spectrum:
+    D = value_and_jacobian(piece.project, v.detach(), 2)[1].detach().unflatten(0, v.shape[:2])
+    values, vectors = torch.linalg.eigh((D + D.mT) / 2)
+    return Spectrum(values.clamp(0, 1), vectors)
+
+
+def pieces(
+    start: int,
+    second_order: Sequence[int],
+    semidefinite: Sequence[int],
+    exponential: int,
+    power: Sequence[float],
+) -> tuple[Piece, ...]:
+    """The curved cones, which begin at row ``start``, those of one kind and size together."""
+    found: list[Piece] = []
+    places = _places(start, second_order)
+    found += [SecondOrder(torch.stack(index)) for index in places.values()]
+    start += sum(second_order)
+    triangles = [k * (k + 1) // 2 for k in semidefinite]
+    found += [Semidefinite(torch.stack(index), _order(size)) for size, index in _places(start, triangles).items()]
+    start += sum(triangles)
+    if exponential:
+        found.append(Exponential(torch.arange(start, start + 3 * exponential).reshape(-1, 3)))
+    start += 3 * exponential
+    if power:
+        found.append(Power(torch.arange(start, start + 3 * len(power)).reshape(-1, 3), power))
+    return tuple(found)
+
+
+def _places(start: int, sizes: Sequence[int]) -> dict[int, list[Tensor]]:
+    """The rows of the cones of each size."""
+    places: dict[int, list[Tensor]] = {}
+    for size in sizes:
+        places.setdefault(size, []).append(torch.arange(start, start + size))
+        start += size
+    return places
+
+
+def _order(triangle: int) -> int:
+    return (math.isqrt(8 * triangle + 1) - 1) // 2

@@ -1,0 +1,93 @@
+"""The optimality conditions of a cone program, as one system of equations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from difflayers._problem import Form, Problem, Residual
+from difflayers.linear import LinearOperator, Property
+from difflayers.qp._cone_jacobian import ConeJacobian, constraints
+from difflayers.qp._cones import Cones
+from difflayers.qp._data import MATRICES, Data, times, transposed
+from difflayers.qp._problem import _aligned_shape
+from difflayers.qp._sparse import Pattern, Sparse
+
+
+def cone_optimality(w: Tensor, data: Data, cones: Cones) -> Tensor:
+    """The map whose root is the solution, ``(*batch, n + m)``, of the unknown ``(x, v)``.
+
+    ``v = y - s`` is multiplier minus slack: ``y = Π(v)`` and ``s = Π(v) - v``, with ``Π`` the projection on the dual
+    cone. ``C`` and ``d`` are the blocks ``G`` and ``h`` of the data.
+    """
+    x, v = w.split((data.layout.n, data.layout.m), dim=-1)
+    C, d = constraints(data)
+    y = cones.project(v)
+    stationary = times(data.P, x) + data.q + transposed(C, y)
+    return torch.cat([stationary, times(C, x) + y - v - d], dim=-1)
+
+
+class ConeConditions(Residual):
+    """:func:`cone_optimality` of bound data."""
+
+    def __init__(self, data: Data, problem: ConeProblem) -> None:
+        super().__init__(lambda w: cone_optimality(w, data, problem.cones), problem)
+        self.data = data
+
+
+@dataclass(frozen=True)
+class ConeProblem(Problem):
+    """``argmin ½xᵀPx + qᵀx`` subject to ``Cx + s = d``, ``s ∈ K``, as a root of :func:`cone_optimality`.
+
+    The unknown is ``(x, v)``, with ``v`` multiplier minus slack (Busseti, Moursi, Boyd 2019, "Solution refinement at
+    regular points of conic problems", Computational Optimization and Applications 74).
+
+    Args:
+        cones: the cone ``K``.
+        blocks: which blocks are there, in the order in which they come as parameters; ``C`` is ``G``, ``d`` is ``h``.
+        batch_dims: how many leading dimensions index samples.
+        warm: whether a solve starts from a solution of a similar problem.
+        patterns: of the blocks that are sparse, by name; the parameter is then the values.
+        maps: which parameters ``vmap`` took a dimension from, innermost first.
+        known: the parameters that it will be bound to, off the graph and in float64, where somebody has them already.
+    """
+
+    cones: Cones
+    blocks: tuple[str, ...] = ("P", "q", "G", "h")
+    batch_dims: int = 1
+    warm: bool = False
+    patterns: Mapping[str, Pattern] = field(default_factory=dict, repr=False, compare=False)
+    maps: tuple[tuple[int | None, ...], ...] = ()
+    known: Data | None = field(default=None, repr=False, compare=False)
+    properties: frozenset[Property] = frozenset()
+    form: ClassVar[Form] = "cone"
+    advice: ClassVar[str] = "Clarabel() or SCS()"
+    closed: ClassVar[bool] = True
+
+    def data(self, params: Sequence[Tensor]) -> Data:
+        """The parameters by name, with all batch dimensions or with none."""
+        if self.maps:
+            params = [self._aligned(index, param) for index, param in enumerate(params)]
+        blocks = dict(zip(self.blocks, params, strict=True))
+        return Data.of(blocks | {name: Sparse.on(p, blocks[name]) for name, p in self.patterns.items()})
+
+    def bind(self, *params: Any) -> ConeConditions:
+        return ConeConditions(self.data(params), self)
+
+    def jacobian(self, residual: Residual, z: Tensor) -> LinearOperator:
+        if not isinstance(residual, ConeConditions):
+            raise TypeError(f"expected the residual that bind() made, got {type(residual).__name__}")
+        return ConeJacobian(residual.data, self.cones, z, self.batch_dims)
+
+    def vmapped(self, in_dims: tuple[int | None, ...], randomness: str) -> Problem:
+        return replace(self, batch_dims=self.batch_dims + 1, maps=(*self.maps, in_dims), known=None)
+
+    def _aligned(self, index: int, param: Tensor) -> Tensor:
+        name = self.blocks[index]
+        event = 2 if name in MATRICES and name not in self.patterns else 1
+        levels = [in_dims[index] for in_dims in self.maps]
+        return param.reshape(_aligned_shape(tuple(param.shape), levels, event, self.batch_dims))

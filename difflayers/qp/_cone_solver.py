@@ -1,0 +1,204 @@
+"""What every solver of cone programs does around its backend: bad samples out, exact answers, status, proofs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from difflayers._problem import Form, Problem
+from difflayers._solution import Solution, Status, has_answer
+from difflayers._solver import Solver, empty_solution
+from difflayers.qp._cone_jacobian import ConeFactor, ConeInverse, constraints
+from difflayers.qp._cone_problem import ConeProblem, cone_optimality
+from difflayers.qp._cones import Cones
+from difflayers.qp._data import Data, times, transposed
+
+CERTIFIED = 1e-6
+# A residual this small, relative to the data, can't be improved.
+EXACT = 1e-15
+
+
+class ConeAnswers(NamedTuple):
+    """What a backend found, samples first; of what has no solution, the proof is in ``y`` or in ``x``."""
+
+    x: Tensor
+    y: Tensor
+    s: Tensor
+    status: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class ConeSolver(Solver):
+    """Solves a batch of cone programs: a backend comes near, Newton's method on the optimality conditions ends it.
+
+    ``SUCCESS`` means that the optimality conditions hold, whatever the backend said, and ``INFEASIBLE`` and
+    ``UNBOUNDED`` that its proof was checked. Among ``stats``, per sample:
+
+    - ``steps`` of the backend; 0 where a warm start was near enough for Newton's method;
+    - ``residual``, the largest violation of a condition;
+    - ``degenerate``: the conditions have a singular derivative, as where multipliers or solution aren't unique.
+      Derivatives are then those of least squares;
+    - ``certificate``, if any sample is infeasible or unbounded: the proof, ``(*batch, n + m)``.
+    """
+
+    serves: ClassVar[frozenset[Form]] = frozenset({"cone"})
+    accuracy: ClassVar[float] = 1e-6
+    rounds: ClassVar[int] = 6
+
+    @abstractmethod
+    def answers(self, data: Data, cones: Cones, count: int) -> ConeAnswers:
+        """What the backend finds for ``count`` samples of finite data in float64."""
+
+    def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
+        if not isinstance(problem, ConeProblem):
+            raise TypeError(f"expected a ConeProblem, got {type(problem).__name__}")
+        if init.numel() == 0:
+            return empty_solution(init, problem.batch_dims)
+        batch = init.shape[: problem.batch_dims]
+        with torch.no_grad():
+            data = problem.known or problem.data(params).map(lambda block: block.detach().double())
+            work = ConeWork(self, data.flattened(batch), problem.cones, batch.numel())
+            work.run(init.detach().double().reshape(batch.numel(), -1) if problem.warm else None)
+            return work.solution(init, problem.batch_dims)
+
+
+class ConeWork:
+    """One solve; samples that are broken or done are left out of what follows."""
+
+    def __init__(self, solver: ConeSolver, data: Data, cones: Cones, samples: int) -> None:
+        self.solver, self.data, self.cones, self.samples = solver, data, cones, samples
+        like = data.q
+        self.w = like.new_zeros(samples, data.layout.n + data.layout.m)
+        self.status = torch.zeros(samples, dtype=torch.int64, device=like.device)
+        self.steps = torch.zeros_like(self.status)
+        self.residual = like.new_full((samples,), torch.inf)
+        self.degenerate = torch.zeros_like(self.status, dtype=torch.bool)
+        self.proofs = torch.zeros_like(self.w)
+        self.factor: ConeFactor | None = None  # of all samples, if all were polished at once
+        self.magnitude = (1 + data.magnitude).expand(samples)
+
+    def run(self, guess: Tensor | None) -> None:
+        finite = self.data.finite(self.samples)
+        self.status[~finite] = int(Status.NONFINITE)
+        going = finite.expand(self.samples)
+        if guess is not None:
+            going = going & ~self._warm(going & guess.isfinite().all(-1), guess)
+        if bool(going.any()):
+            self._cold(going)
+
+    def _warm(self, going: Tensor, guess: Tensor) -> Tensor:
+        """Which samples Newton's method solved from the guess."""
+        self._polish(going, guess[going])
+        return going & (self.residual <= 1e-10 * self.magnitude)
+
+    def _cold(self, going: Tensor) -> None:
+        count = int(going.sum())
+        found = self.solver.answers(self._part(going), self.cones, count)
+        self.steps[going], self.status[going] = found.steps, found.status
+        answered = has_answer(found.status)
+        solved = going.index_put((going.clone(),), answered)
+        w = torch.cat([found.x, found.y - found.s], dim=-1)
+        self.w[going] = torch.where(w.isfinite(), w, 0)
+        if bool(answered.any()):
+            self._polish(solved, self.w[solved])
+            self._judge(solved)
+        self._prove(going & ~has_answer(self.status), going, found)
+
+    def _polish(self, which: Tensor, w: Tensor) -> None:
+        """Newton steps, each taken where it makes the residual smaller; one factorization serves them while it does."""
+        data, n = self._part(which), self.data.layout.n
+        error, size = self._error(w, data), self.magnitude[which]
+        factor, fresh = ConeFactor(data.dense(), self.cones, w[:, n:]), True
+        for _ in range(self.solver.rounds):
+            if bool((error <= EXACT * size).all()):
+                break
+            F = cone_optimality(w, data, self.cones)
+            step = ConeInverse(factor, w, 1).apply(F)
+            smaller = self._error(w - step, data)
+            better, enough = smaller < error, smaller < 0.1 * error
+            w = torch.where(better.unsqueeze(-1), w - step, w)
+            error = torch.where(better, smaller, error)
+            if not bool(enough.any()):
+                if fresh:
+                    break
+                factor, fresh = ConeFactor(data.dense(), self.cones, w[:, n:]), True
+            else:
+                fresh = False
+        self.w[which], self.residual[which], self.degenerate[which] = w, error, factor.degenerate
+        self.factor = factor if bool(which.all()) else None
+
+    def _error(self, w: Tensor, data: Data) -> Tensor:
+        error = cone_optimality(w, data, self.cones).abs().amax(-1)
+        return torch.where(error.isfinite(), error, torch.inf)
+
+    def _judge(self, solved: Tensor) -> None:
+        right = self.residual <= self.solver.accuracy * self.magnitude
+        self.status[solved & right] = int(Status.SUCCESS)
+        wrong = solved & ~right & (self.status == int(Status.SUCCESS))
+        self.status[wrong] = int(Status.STALLED)
+
+    def _prove(self, claimed: Tensor, going: Tensor, found: ConeAnswers) -> None:
+        """Keep claims that there is no solution where the proof holds; the others are ``BACKEND_ERROR``."""
+        if not bool(claimed.any()):
+            return
+        here = claimed[going]
+        data, n = self._part(claimed), self.data.layout.n
+        proofs = torch.zeros_like(self.w[claimed])
+        infeasible = self.status[claimed] == int(Status.INFEASIBLE)
+        y, x = (_unit(t[here]) for t in (found.y, found.x))
+        proofs[:, n:] = torch.where(infeasible.unsqueeze(-1), y, 0)
+        proofs[:, :n] = torch.where(infeasible.unsqueeze(-1), 0, x)
+        holds = torch.where(infeasible, farkas(data, self.cones, y), ray(data, self.cones, x))
+        known = infeasible | (self.status[claimed] == int(Status.UNBOUNDED))
+        self.status[claimed] = torch.where(known & holds, self.status[claimed], int(Status.BACKEND_ERROR))
+        self.proofs[claimed] = torch.where((known & holds).unsqueeze(-1), proofs, 0)
+
+    def _part(self, samples: Tensor) -> Data:
+        return self.data if bool(samples.all()) else self.data.rows(samples)
+
+    def solution(self, init: Tensor, batch_dims: int) -> Solution:
+        batch = init.shape[:batch_dims]
+        stats = {"steps": self.steps, "residual": self.residual, "degenerate": self.degenerate}
+        if bool((self.proofs != 0).any()):
+            stats["certificate"] = self.proofs
+        value = self.w.to(init.dtype).reshape(init.shape)
+        state = None if self.factor is None else ConeInverse(self.factor, value, batch_dims)
+        stats = {name: stat.reshape(*batch, *stat.shape[1:]) for name, stat in stats.items()}
+        return Solution(value, self.status.to(torch.int8).reshape(batch), stats, state)
+
+
+def farkas(data: Data, cones: Cones, y: Tensor) -> Tensor:
+    """Which ``y`` prove that no ``x`` is feasible: ``Cᵀy = 0``, ``dᵀy < 0`` and ``y`` in the dual cone."""
+    C, d = constraints(data)
+    apart = (cones.project(y) - y).abs().amax(-1)
+    pulled = transposed(C, y).abs().amax(-1)
+    value = (d * y).sum(-1)
+    return (torch.maximum(apart, pulled) <= CERTIFIED * _largest(data)) & (value < -CERTIFIED)
+
+
+def ray(data: Data, cones: Cones, x: Tensor) -> Tensor:
+    """Which ``x`` prove that the objective has no lower bound: ``Px = 0``, ``qᵀx < 0`` and ``-Cx`` in the cone."""
+    moved = times(constraints(data)[0], x)
+    # s is in the cone where the projection of -s on the dual one is zero.
+    apart = cones.project(moved).abs().amax(-1)
+    flat = times(data.P, x).abs().amax(-1)
+    flat = torch.zeros_like(flat) if data.P is None else flat
+    return (torch.maximum(apart, flat) <= CERTIFIED * _largest(data)) & ((data.q * x).sum(-1) < -CERTIFIED)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    size = rows.abs().amax(-1, keepdim=True)
+    return torch.where(size.isfinite() & (size > 0), rows / torch.where(size > 0, size, 1), 0)
+
+
+def _largest(data: Data) -> Tensor:
+    """Of the entries of the matrices, at least one, per sample."""
+    C, _ = constraints(data)
+    entries = C.flatten(-2) if isinstance(C, Tensor) else C.values
+    return 1 + entries.abs().amax(-1)

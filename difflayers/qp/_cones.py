@@ -1,0 +1,143 @@
+"""Products of cones: which rows are in which, projections on the dual, and the spectra of their derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from difflayers.errors import ProblemError, UnknownNameError
+from difflayers.qp._cone_pieces import Piece, Spectrum, pieces
+
+
+class Rotation(NamedTuple):
+    """The derivative ``D`` of the dual projection, per sample: ``D = Q diag(values) Qᵀ``."""
+
+    values: Tensor  # (samples, rows), between zero and one
+    spectra: tuple[Spectrum, ...]  # one for each piece of the curved cones
+
+
+@dataclass(frozen=True)
+class Cones:
+    """The cone ``K`` of ``Cx + s = d, s ∈ K``: how many rows, or cones of which sizes, in this order.
+
+    Args:
+        zero: rows with ``s = 0``.
+        nonnegative: rows with ``s ≥ 0``.
+        second_order: sizes ``1 + k`` of cones ``‖(s₁, …, s_k)‖₂ ≤ s₀``.
+        semidefinite: orders ``k`` of positive semidefinite matrices, ``k(k + 1)/2`` rows each: the upper triangle,
+            column by column, entries off the diagonal times ``√2``.
+        exponential: how many cones ``s₁ exp(s₀/s₁) ≤ s₂``, ``s₁ > 0``, of three rows each.
+        power: the exponents ``α`` of cones ``s₀^α s₁^(1 - α) ≥ |s₂|``, ``s₀, s₁ ≥ 0``, of three rows each.
+
+    >>> Cones(nonnegative=2, second_order=(3,), semidefinite=(2,)).rows
+    8
+    """
+
+    zero: int = 0
+    nonnegative: int = 0
+    second_order: tuple[int, ...] = ()
+    semidefinite: tuple[int, ...] = ()
+    exponential: int = 0
+    power: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("second_order", "semidefinite", "power"):
+            try:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            except TypeError as error:
+                raise ProblemError(
+                    f"{name} must be a sequence, one entry per cone, got {getattr(self, name)}"
+                ) from error
+        counts = {"zero": (self.zero,), "nonnegative": (self.nonnegative,), "exponential": (self.exponential,)}
+        for name, values in counts.items():
+            _check_integers(name, values, 0)
+        for name in ("second_order", "semidefinite"):
+            _check_integers(name, getattr(self, name), 1)
+        for exponent in self.power:
+            if not 0 < exponent < 1:
+                raise ProblemError(f"power has the exponent {exponent}, but exponents are between zero and one")
+
+    @classmethod
+    def of(cls, cones: Cones | Mapping[str, Any]) -> Cones:
+        """The cones as they are, or from a mapping with these names.
+
+        Raises:
+            ProblemError: an unknown name, or a size that makes no sense.
+        """
+        if isinstance(cones, Cones):
+            return cones
+        if not isinstance(cones, Mapping):
+            raise ProblemError(f"cones must be Cones or a mapping, got {type(cones).__name__}")
+        known = tuple(field.name for field in fields(cls))
+        for name in cones:
+            if name not in known:
+                raise UnknownNameError("cone", str(name), known)
+        return cls(**cones)
+
+    @property
+    def linear(self) -> int:
+        """Rows of the zero and nonnegative cones."""
+        return self.zero + self.nonnegative
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of every cone after the linear ones."""
+        triangles = tuple(k * (k + 1) // 2 for k in self.semidefinite)
+        return (*self.second_order, *triangles, *[3] * (self.exponential + len(self.power)))
+
+    @property
+    def rows(self) -> int:
+        """Of all cones."""
+        return self.linear + sum(self.sizes)
+
+    def project(self, v: Tensor) -> Tensor:
+        """The nearest point of the dual cone, ``(*batch, rows)``; differentiable to every order.
+
+        By Moreau's decomposition, ``v + Π_K(-v)`` where a cone isn't its own dual.
+        """
+        parts = [v[..., : self.zero], torch.relu(v[..., self.zero : self.linear])]
+        parts += [piece.project(piece.take(v)).flatten(-2) for piece in self._pieces]
+        joined = torch.cat(parts, dim=-1)
+        return joined if self._order is None else joined[..., self._order.to(v.device)]
+
+    def rotation(self, v: Tensor) -> Rotation:
+        """The derivative of :meth:`project` at ``v (samples, rows)``, cone by cone in its eigenvectors.
+
+        Rows of curved cones are then no longer rows but eigenvectors, in the same places.
+        """
+        spectra = tuple(piece.spectrum(piece.take(v)) for piece in self._pieces)
+        positive = (v[:, self.zero : self.linear] > 0).to(v.dtype)
+        parts = [torch.ones_like(v[:, : self.zero]), positive, *[spectrum.values.flatten(-2) for spectrum in spectra]]
+        joined = torch.cat(parts, dim=-1)
+        return Rotation(joined if self._order is None else joined[:, self._order.to(v.device)], spectra)
+
+    def turned(self, rotation: Rotation, rows: Tensor, *, back: bool = False) -> Tensor:
+        """``Qᵀ M`` for ``M (samples, rows, k)``, or ``Q M``; of the linear rows it is ``M`` itself."""
+        parts = [rows[:, : self.linear]]
+        for piece, spectrum in zip(self._pieces, rotation.spectra, strict=True):
+            vectors = spectrum.vectors if back else spectrum.vectors.mT
+            parts.append((vectors @ piece.take(rows, -2)).flatten(-3, -2))
+        joined = torch.cat(parts, dim=-2)
+        return joined if self._order is None else joined[:, self._order.to(rows.device)]
+
+    @cached_property
+    def _pieces(self) -> tuple[Piece, ...]:
+        return pieces(self.linear, self.second_order, self.semidefinite, self.exponential, self.power)
+
+    @cached_property
+    def _order(self) -> Tensor | None:
+        """Where each row is after cones of one kind and size were put together; None where it was."""
+        index = torch.cat([torch.arange(self.linear), *[piece.index.flatten() for piece in self._pieces]])
+        inverse = index.argsort()
+        return None if torch.equal(inverse, torch.arange(len(index))) else inverse
+
+
+def _check_integers(name: str, values: tuple[Any, ...], least: int) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ProblemError(f"{name} has {value!r}, but it must be made of integers of at least {least}")
