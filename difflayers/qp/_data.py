@@ -89,7 +89,7 @@ class Data:
     def all_sparse(self) -> Data:
         """The same without dense matrices; a ``P`` that isn't there is empty."""
         n = self.q.shape[-1]
-        P = Sparse.of(self.q.new_zeros(n, n)) if self.P is None else self.P
+        P = Sparse.empty(self.q, (n, n)) if self.P is None else self.P
         matrices = [Sparse.of(m) if isinstance(m, Tensor) else m for m in (P, self.G, self.A)]
         return replace(self, P=matrices[0], G=matrices[1], A=matrices[2])
 

@@ -74,6 +74,11 @@ class Sparse:
         rows, columns = present.nonzero(as_tuple=True)
         return cls.on(Pattern(rows, columns, (matrix.shape[-2], matrix.shape[-1])), matrix[..., rows, columns])
 
+    @classmethod
+    def empty(cls, like: Tensor, size: tuple[int, int]) -> Sparse:
+        """Zero, with the dtype and device of ``like``."""
+        return cls(torch.zeros(2, 0, dtype=torch.int64, device=like.device), like.new_zeros(0), size)
+
     def __getitem__(self, samples: Tensor) -> Sparse:
         """Some of the samples."""
         return Sparse.on(self.pattern, self.values[samples])

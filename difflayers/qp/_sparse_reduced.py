@@ -75,7 +75,8 @@ def samples_of(data: Data, count: int) -> list[tuple[Any, Any, Any]]:
 
 def width(data: Data) -> int:
     """How wide the graph of a sparse problem is; see :func:`~difflayers.qp._quasidefinite.front`."""
-    P, A, G = samples_of(data.rows(torch.zeros(1, dtype=torch.int64, device=data.q.device)), 1)[0]
+    whole = data.all_sparse()
+    P, A, G = (None if m is None else m.pattern.csr(np.ones(len(m.pattern.rows))) for m in (whole.P, whole.A, whole.G))
     return front(P, constraints(A, G, np.arange(data.layout.m), data))
 
 

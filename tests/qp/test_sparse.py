@@ -365,3 +365,14 @@ def test_missing_columns_and_rows_without_entries():
     empty = Sparse(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0), (2, 3))
     found = solve_qp(sparse(torch.eye(3)), torch.ones(3), empty, torch.ones(2))
     contracts.assert_close(found.x, -torch.ones(3), 1e-12)
+
+
+@pytest.mark.parametrize("batched", ["G", "q"])
+def test_a_batch_of_no_samples(batched):
+    blocks = {"P": sparse(torch.eye(2)), "q": torch.ones(2), "G": sparse(torch.ones(1, 2)), "h": torch.ones(1)}
+    leaf = torch.ones(0, 2).requires_grad_()
+    blocks[batched] = leaf if batched == "q" else sparse(torch.ones(1, 2), leaf)
+    found = solve_qp(**blocks)
+    assert found.x.shape == (0, 2)
+    (gradient,) = torch.autograd.grad(found.x.sum(), leaf)
+    assert gradient.shape == leaf.shape
