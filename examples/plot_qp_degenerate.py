@@ -82,11 +82,17 @@ G = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
 h = torch.tensor([1.0, -0.8, -0.7], requires_grad=True)
 nothing = solve_qp(torch.eye(2), torch.zeros(2), G, h, on_failure="ignore")
 weights = nothing.stats["certificate"][2:]
-print(Status(int(nothing.status)).name, "x", nothing.x.tolist(), "weights", weights.tolist())
-print("Gᵀw =", (G.T @ weights).tolist(), " hᵀw =", round(float(h.detach() @ weights), 4), "< 0")
+print(Status(int(nothing.status)).name, "x", nothing.x.tolist(), "weights", weights.numpy().round(6))
+print(
+    "largest entry of Gᵀw:",
+    f"{(G.T @ weights).abs().max():.0e};",
+    "hᵀw =",
+    round(float(h.detach() @ weights), 4),
+    "< 0",
+)
 downhill = solve_qp(None, torch.tensor([1.0, 0.0]), G[:1], torch.ones(1), on_failure="ignore")
 ray = downhill.stats["certificate"][:2]
-print(Status(int(downhill.status)).name, "ray", ray.tolist())
+print(Status(int(downhill.status)).name, "ray", ray.numpy().round(6))
 
 # %%
 # The pictures

@@ -210,6 +210,6 @@ plt.show()
 # -------------
 # - A penalty that depends on the signal is worth more than the right filter: the filter stayed what it was, and the
 #   weights alone take a fifth off the error of the best constant one.
-# - The network does as well, or nearly: the difference is about that of two draws of noise. What the layer has over
-#   it is a quarter of the parameters, and a penalty that one can look at.
+# - The network does nearly as well: with three other seeds it had errors of 0.0129 to 0.0140, the layer 0.0120 to
+#   0.0128. What the layer has over it is a quarter of the parameters, and a penalty that one can look at.
 # - It is one signal. Nothing here says how the numbers would be for another heart.

@@ -37,7 +37,7 @@ torch.set_default_dtype(torch.float64)
 # power transfer distribution factors. pandapower solves the same optimal power flow, which checks all of this. Demand
 # comes in three areas, buses in the order of their numbers; all power is in units of 100 MW.
 
-UNIT, AREAS, SHED_PRICE = 100.0, 3, 1e4
+UNIT, AREAS = 100.0, 3
 
 
 @dataclass(frozen=True)
