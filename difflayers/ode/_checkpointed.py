@@ -24,13 +24,15 @@ from difflayers._autodiff import (
 )
 from difflayers._monitor import watch
 from difflayers._problem import Problem, closure_names
-from difflayers._solution import OnFailure, Solution, check_status
+from difflayers._solution import OnFailure, Solution, Status, check_status
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
+from difflayers.ode._along import along
 from difflayers.ode._explicit import ExplicitSolver
-from difflayers.ode._mesh import Mesh
+from difflayers.ode._mesh import Mesh, RowMesh
 from difflayers.ode._problem import InitialValueProblem
-from difflayers.ode._replay import moved, pulled, replay, retraced
+from difflayers.ode._replay import moved, pulled, retraced
+from difflayers.ode._row_replay import RowGradient, row_time_gradient
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,14 @@ class CheckpointedAdjoint(Adjoint):
     ) -> Solution:
         if not isinstance(problem, InitialValueProblem) or not isinstance(solver, ExplicitSolver):
             raise TypeError(f"{self!r} can't serve here: {self.supports(problem, solver)}")
-        call = _Call(problem, solver, on_failure, self.states)
+        call = _Call(problem, solver, on_failure, self.states, in_functorch())
         closes_over = _looks_ahead(call, params)
         value, status, *stats = _solve(call, *params)
-        solution = Solution(value, status, dict(zip(call.names, stats, strict=True)))
+        solution = Solution(value, status, dict(zip(call.names, stats, strict=False)))
         if closes_over:
-            moving = params[1] if params[1].requires_grad else None
-            run = replay(solver.tableau, problem.evaluator(params[2:]), call.mesh, params[0], moving)
+            mesh = call.mesh
+            columns = mesh.columns() if isinstance(mesh, RowMesh) else ()
+            run = along(problem, solver.tableau, mesh, columns, params, params[1].requires_grad)
             solution = replace(solution, value=torch.where(_there(value, solution.stats["outputs"]), run, torch.nan))
         return solution
 
@@ -83,21 +86,33 @@ class _Call:
     solver: ExplicitSolver
     on_failure: OnFailure
     states: int | None
+    transformed: bool = False  # whether a transform may need the mesh as tensors of its own
     slope: Tensor | None = None  # at the start, where it was evaluated already
+    failures: list[bool] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    meshes: list[Mesh] = field(default_factory=list)  # shared with the calls that transforms make of this one
+    meshes: list[Mesh | RowMesh] = field(default_factory=list)  # shared with the calls that transforms make of this one
 
     @property
-    def mesh(self) -> Mesh:
+    def mesh(self) -> Mesh | RowMesh:
         return self.meshes[-1]
 
+    @property
+    def failed(self) -> bool:
+        """Whether any sample has."""
+        return self.failures[-1]
+
+    def columns(self, batch: Sequence[int]) -> list[Tensor]:
+        """The mesh as tensors, where a transform may need them and samples have their own."""
+        if not self.transformed or not isinstance(self.mesh, RowMesh):
+            return []
+        return [column.reshape(*batch, column.shape[-1]) for column in self.mesh.columns()]
+
     def run(self, params: Sequence[Tensor]) -> Solution:
-        mesh = Mesh(self.states)
+        mesh = self.solver.mesh(params[1], self.states)
         slope, self.slope = self.slope, None
-        solution = watch(
-            "forward", self.solver, lambda: self.solver.march(self.problem, params, params[0], mesh, slope)
-        )
+        solution = watch("forward", self.solver, lambda: self.solver.march(self.problem, params, mesh, slope))
         self.meshes.append(mesh)
+        self.failures.append(not bool((solution.status == Status.SUCCESS).all()))
         self.names[:] = solution.stats
         return check_status(solution, self.on_failure)
 
@@ -108,7 +123,7 @@ class _Integrate(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, *params: Tensor) -> tuple[Tensor, ...]:
         solution = call.run(params)
-        return solution.value, solution.status, *solution.stats.values()
+        return solution.value, solution.status, *solution.stats.values(), *call.columns(params[0].shape[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -116,17 +131,20 @@ class _Integrate(torch.autograd.Function):
         value, *rest = output
         ctx.call = call
         ctx.mark_non_differentiable(*rest)
-        outputs = rest[1 + call.names.index("outputs")]
-        ctx.save_for_backward(value, outputs, *params)
-        ctx.save_for_forward(value, outputs, *params)
+        stats, columns = rest[1 : 1 + len(call.names)], rest[1 + len(call.names) :]
+        kept = (value, stats[call.names.index("outputs")], *params, *columns)
+        ctx.count = len(params)
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        value, outputs, *params = ctx.saved_tensors
+        value, outputs, *kept = ctx.saved_tensors
+        params, columns = kept[: ctx.count], kept[ctx.count :]
         wanted = [i for i in range(len(params)) if ctx.needs_input_grad[i + 1]]
 
         def rule(cotangent: Tensor) -> list[Tensor | None]:
-            return _cotangents(ctx.call, value, outputs, params, cotangent, wanted)
+            return _cotangents(ctx.call, value, outputs, params, columns, cotangent, wanted)
 
         gradients = over_legacy_batch(rule, cotangent) if is_legacy_batched(cotangent) else rule(cotangent)
         return (None, *gradients)
@@ -135,9 +153,10 @@ class _Integrate(torch.autograd.Function):
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Any, ...]:
         # As in the algebraic families: torch switches forward mode off in here, and enclosing transforms need it.
         with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
-            _, outputs, *params = [primal(t) for t in ctx.saved_tensors]
-            tangent = _pushed(ctx.call, outputs, params, tangents)
-        return (tangent, *[None] * (1 + len(ctx.call.names)))
+            _, outputs, *kept = [primal(t) for t in ctx.saved_tensors]
+            params, columns = kept[: ctx.count], kept[ctx.count :]
+            tangent = _pushed(ctx.call, outputs, params, columns, tangents)
+        return (tangent, *[None] * (1 + len(ctx.call.names) + len(columns)))
 
     @staticmethod
     def vmap(
@@ -147,8 +166,11 @@ class _Integrate(torch.autograd.Function):
         moved = [p if d is None else p.movedim(d, 0) for p, d in zip(params, in_dims[1:], strict=True)]
         if start is None:
             moved[0] = moved[0].unsqueeze(0).repeat(info.batch_size, *[1] * moved[0].dim())
-        if times is not None and params[1].dim() == 2:
-            moved[1] = moved[1].unsqueeze(1).expand(-1, call.problem.samples, -1)
+        shared = params[1].dim() == (1 if times is None else 2)
+        if times is not None and shared:
+            moved[1] = moved[1][(slice(None), *[None] * (moved[0].dim() - 2))].expand(*moved[0].shape[:-1], -1)
+        elif times is None and not shared:
+            moved[1] = moved[1].expand(*moved[0].shape[:-1], -1)
         in_batch = tuple(None if d is None else 0 for d in dims)
         problem = call.problem.mapped(info.batch_size, in_batch, info.randomness)
         output = _solve(replace(call, problem=problem), *moved)
@@ -171,7 +193,13 @@ def _there(value: Tensor, outputs: Tensor) -> Tensor:
 
 
 def _cotangents(
-    call: _Call, value: Tensor, outputs: Tensor, params: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[int]
+    call: _Call,
+    value: Tensor,
+    outputs: Tensor,
+    params: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    cotangent: Tensor,
+    wanted: Sequence[int],
 ) -> list[Tensor | None]:
     """The gradient of every parameter in ``wanted``, None for the others."""
     cotangent = torch.where(_there(value, outputs), cotangent, 0)
@@ -180,7 +208,7 @@ def _cotangents(
         with without_autocast(value.device), _tolerating_failure(call):
             if torch.is_grad_enabled() or in_functorch():
                 chosen = [params[i] for i in wanted]
-                found = pull(_replayed(call, params, wanted), chosen)(cotangent)
+                found = pull(_replayed(call, params, columns, wanted), chosen)(cotangent)
             else:
                 found = _step_by_step(call, value, params, cotangent, wanted)
     gradients: list[Tensor | None] = [None] * len(params)
@@ -189,16 +217,19 @@ def _cotangents(
     return gradients
 
 
-def _replayed(call: _Call, params: Sequence[Tensor], chosen: Sequence[int]) -> Callable[..., Tensor]:
+def _replayed(
+    call: _Call, params: Sequence[Tensor], columns: Sequence[Tensor], chosen: Sequence[int]
+) -> Callable[..., Tensor]:
     """The solution along the accepted steps as a function of the chosen parameters."""
+    mesh = call.mesh
+    columns = mesh.columns() if isinstance(mesh, RowMesh) and not columns else columns
 
     def run(*values: Tensor) -> Tensor:
         everything = list(params)
         for i, value in zip(chosen, values, strict=True):
             everything[i] = value
-        evaluate = call.problem.evaluator(everything[2:])
         moves = 1 in chosen or is_tracked(everything[1])
-        return replay(call.solver.tableau, evaluate, call.mesh, everything[0], everything[1] if moves else None)
+        return along(call.problem, call.solver.tableau, mesh, columns, everything, moves)
 
     return run
 
@@ -207,8 +238,14 @@ def _step_by_step(
     call: _Call, value: Tensor, params: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[int]
 ) -> list[Tensor | None]:
     """The gradient of first order, with the memory of one step."""
-    y0, t, *tensors = params
+    _, t, *tensors = params
     mesh, tableau, evaluate = call.mesh, call.solver.tableau, call.problem.evaluator(tensors)
+    if isinstance(mesh, RowMesh):
+        rows = RowGradient(call.problem, tableau, mesh, tensors, [i - 2 for i in wanted if i > 1])
+        g = _by_row(cotangent)
+        adjoint = rows.run(g)
+        times = row_time_gradient(evaluate, mesh, _by_row(value), g, adjoint) if 1 in wanted else None
+        return _in_order(wanted, adjoint + g[:, 0], times, rows.gradients, params)
     native = call.problem.native
     by_output = [one.reshape(native) for one in _by_row(cotangent).unbind(1)]
     followed = [params[i] for i in wanted if i > 1]
@@ -220,10 +257,23 @@ def _step_by_step(
             adjoint = pulled(tableau, evaluate, step, y, adjoint, own, followed, gradients)
     for index, time in enumerate(mesh.times[1:], 1):
         adjoint = adjoint + by_output[index] if time == mesh.times[0] else adjoint
-    found = iter(gradients)
-    start = (adjoint + by_output[0]).view_as(y0)
     times = _time_gradient(evaluate, mesh, value, t, by_output, adjoint) if 1 in wanted else None
-    return [start if i == 0 else times if i == 1 else next(found) for i in wanted]
+    return _in_order(wanted, adjoint + by_output[0], times, gradients, params)
+
+
+def _in_order(
+    wanted: Sequence[int],
+    start: Tensor,
+    times: Tensor | None,
+    others: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients in the order of what is wanted, in the shapes of the parameters."""
+    y0, t = params[:2]
+    found = iter(others)
+    if times is not None:
+        times = (times.sum(0) if times.dim() > t.dim() else times).reshape(t.shape).to(t.dtype)
+    return [start.reshape(y0.shape) if i == 0 else times if i == 1 else next(found) for i in wanted]
 
 
 def _states(tableau: Any, evaluate: Any, segment: Any) -> Iterator[Any]:
@@ -250,10 +300,16 @@ def _time_gradient(
     return torch.stack(parts).to(t.dtype)
 
 
-def _pushed(call: _Call, outputs: Tensor, params: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
+def _pushed(
+    call: _Call, outputs: Tensor, params: Sequence[Tensor], columns: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> Tensor:
     """The tangent of the outputs, step by step along the accepted ones."""
     moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
     with without_autocast(params[0].device):
+        if isinstance(call.mesh, RowMesh):
+            chosen, directions = [params[i] for i in moving], [tangents[i] for i in moving]
+            tangent = push(_replayed(call, params, columns, moving), chosen, directions)  # type: ignore[arg-type]
+            return torch.where(_there(tangent, outputs), tangent, 0)
         followed = [i for i in moving if i > 1]
         run = _Tangents(call, params, followed, [tangents[i] for i in followed])  # type: ignore[misc]
         tangent = run.run(tangents[0], tangents[1])
@@ -268,15 +324,18 @@ class _Tangents:
     ) -> None:
         self.call, self.params, self.followed, self.directions = call, params, followed, directions
         self.tableau = call.solver.tableau
+        if not isinstance(call.mesh, Mesh):
+            raise TypeError("tangents run step by step where all samples step together")
+        self.mesh = call.mesh
 
     def run(self, start: Tensor | None, times: Tensor | None) -> Tensor:
-        mesh, y, t = self.call.mesh, self.params[0], self.params[1]
+        mesh, y, t = self.mesh, self.params[0], self.params[1]
         # A transform around this one may follow the times.
         moves = times is not None or is_tracked(t)
         times = torch.zeros_like(t) if times is None else times
         first = w = torch.zeros_like(y) if start is None else start
         if moves:
-            w, y = self._moved(0, y, w, times[0]), moved(self._evaluate(()), mesh, 0, y, t[0])
+            w, y = self._moved(0, y, w, times[0]), moved(self._evaluate(()), mesh.times[0], y, t[0], start=True)
         values = {i: (y, w) for i, time in enumerate(mesh.times) if time == mesh.times[0]}
         for step in mesh.steps:
 
@@ -299,7 +358,7 @@ class _Tangents:
 
     def _moved(self, index: int, y: Tensor, w: Tensor, direction: Tensor) -> Tensor:
         def one(y: Tensor, time: Tensor, *tensors: Tensor) -> Tensor:
-            return moved(self._evaluate(tensors), self.call.mesh, index, y, time)
+            return moved(self._evaluate(tensors), self.mesh.times[index], y, time, start=index == 0)
 
         tensors = [self.params[i] for i in self.followed]
         return push(one, [y, self.params[1][index], *tensors], [w, direction, *self.directions])
@@ -313,8 +372,7 @@ class _Tangents:
 
 def _tolerating_failure(call: _Call) -> AbstractContextManager[Any]:
     """A tape on which samples that have failed can't poison the others: zero times NaN is NaN."""
-    failed = any(step.alive is not None for step in call.mesh.steps)
-    if not failed or in_functorch():
+    if not call.failed or in_functorch():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_finite, lambda t: t)
 

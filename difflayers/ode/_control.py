@@ -96,6 +96,61 @@ class Controller:
         return self._last or remaining * 1e-3
 
 
+class RowController:
+    """The same for every sample by itself: what is a number there is a column here."""
+
+    def __init__(self, solver: ExplicitSolver, y: Tensor) -> None:
+        order = solver.tableau.error_order
+        self.order = order
+        beta = 0.2 / order
+        self._alpha, self._beta = 1 / order - 0.75 * beta, beta
+        eps = torch.finfo(y.dtype).eps
+        self.rtol = max(solver.rtol, 16 * eps)
+        largest = torch.nan_to_num(y.abs().amax(1, keepdim=True), nan=0.0, posinf=0.0)
+        self._atol = (largest * eps).clamp_min(solver.atol)
+        self._size = y.abs()
+        self._next_size = self._size
+        self._previous = torch.full_like(self._atol, 1e-4, dtype=torch.float64)
+        self._rejected = torch.zeros_like(self._previous, dtype=torch.bool)
+        self._root = math.sqrt(max(y.shape[1], 1))
+
+    def norm(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """Root mean squares, a column."""
+        norms: Tensor = torch.linalg.vector_norm(rows / scale, dim=1, keepdim=True)
+        return norms.double() / self._root
+
+    def scale(self, y: Tensor) -> Tensor:
+        return torch.add(self._atol, y.abs(), alpha=self.rtol)
+
+    def error(self, estimates: list[Tensor], y: Tensor, h: Tensor) -> Tensor:
+        """The error of a trial step in units of the tolerance, ``(samples,)``; NaN where something isn't finite."""
+        self._next_size = y.abs()
+        scale = torch.add(self._atol, torch.maximum(self._size, self._next_size), alpha=self.rtol)
+        norms = [self.norm(estimate.view_as(y), scale) for estimate in estimates]
+        if len(norms) == 2:
+            damped = norms[0] * norms[0] / (norms[0] ** 2 + 0.01 * norms[1] ** 2).sqrt()
+            norms[0] = torch.where(norms[0] > 0, damped, norms[0])
+        return (h.abs() * norms[0]).squeeze(1)
+
+    def adapted(self, h: Tensor, error: Tensor, good: Tensor) -> Tensor:
+        """The next steps, after accepted and rejected ones."""
+        error, good = error[:, None], good[:, None]
+        bounded = torch.nan_to_num(error, nan=torch.inf, posinf=torch.inf).clamp_min(1e-10)
+        grown = Controller.safety * bounded**-self._alpha * self._previous**self._beta
+        grown = grown.clamp(Controller.least, Controller.most)
+        grown = torch.where(self._rejected, grown.clamp_max(1.0), grown)
+        shrunk = (Controller.safety * bounded ** (-1 / self.order)).clamp(Controller.least, 1.0)
+        self._previous = torch.where(good, bounded.clamp_min(1e-4), self._previous)
+        self._rejected = ~good
+        self._size = torch.where(good, self._next_size, self._size)
+        return h * torch.where(good, grown, shrunk)
+
+    def divide(self, chosen: Tensor) -> None:
+        """Only these samples go on."""
+        for name in ("_atol", "_size", "_next_size", "_previous", "_rejected"):
+            setattr(self, name, getattr(self, name)[chosen])
+
+
 def tolerances(rtol: float, atol: float, y: Tensor) -> tuple[float, float]:
     """``rtol`` and ``atol`` as far as rounding in the dtype of the state lets an error be estimated."""
     eps = torch.finfo(y.dtype).eps
@@ -124,3 +179,20 @@ def first_step(
     largest = max(speed, bend)
     best = max(1e-6, h * 1e-3) if largest <= 1e-15 else (0.01 / largest) ** (1 / control.order)
     return sign * min(100 * h, best, abs(span))
+
+
+def first_steps(control: RowController, stages: Stages, t: Tensor, y: Tensor, slope: Tensor, span: Tensor) -> Tensor:
+    """:func:`first_step` of every sample, a column."""
+    scale = control.scale(y)
+    size, speed = control.norm(y, scale), control.norm(slope, scale)
+    h = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed)
+    h = torch.minimum(torch.nan_to_num(h, nan=0.0), span.abs())
+    signed = torch.copysign(h, span)
+    ahead = stages.evaluate(stage_time(t, 1.0, signed, y), torch.addcmul(y, signed.to(y.dtype), slope))
+    stages.evaluations += 1
+    bend = control.norm(ahead - slope, scale) / h
+    largest = torch.maximum(speed, bend)
+    best = torch.where(largest <= 1e-15, (h * 1e-3).clamp_min(1e-6), (0.01 / largest) ** (1 / control.order))
+    best = torch.where(bend < torch.inf, best, h * 0.1)
+    best = torch.where(speed < torch.inf, torch.minimum(100 * h, best), span.abs() * 1e-3)
+    return torch.copysign(torch.minimum(best, span.abs()), span)

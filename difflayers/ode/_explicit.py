@@ -15,11 +15,13 @@ from difflayers._problem import Form, Problem
 from difflayers._solution import Solution
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
+from difflayers.ode._along import along, in_rows
 from difflayers.ode._dop853 import DOP853
 from difflayers.ode._joint import JointRun
-from difflayers.ode._mesh import Mesh
-from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._mesh import Mesh, RowMesh
+from difflayers.ode._problem import Evaluate, InitialValueProblem
 from difflayers.ode._replay import moved
+from difflayers.ode._rows import RowRun
 from difflayers.ode._tableaus import BOSH3, DOPRI5, EULER, MIDPOINT, TSIT5, Tableau
 from difflayers.ode._tableaus import RK4 as CLASSICAL
 
@@ -37,29 +39,51 @@ class ExplicitSolver(Solver):
     adaptive: ClassVar[bool] = True
     rtol: float = 0.0
     atol: float = 0.0
+    per_sample: bool = False
     max_steps: int
 
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
-        return self.march(problem, params, init, Mesh(states=0))
-
-    def march(
-        self, problem: Problem, params: Sequence[Any], init: Tensor, mesh: Mesh, slope: Tensor | None = None
-    ) -> Solution:
-        """The solution; ``mesh`` gets the steps that made it. ``slope`` is that at the start, if somebody knows it."""
         if not isinstance(problem, InitialValueProblem):
             raise TypeError(f"expected an InitialValueProblem, got {type(problem).__name__}")
+        mesh = self.mesh(params[1], states=0)
+        if isinstance(mesh, Mesh):
+            return self.march(problem, params, mesh)
+        with torch.no_grad():
+            solution = self.march(problem, params, mesh)
+        if not torch.is_grad_enabled():
+            return solution
+        value = along(problem, self.tableau, mesh, mesh.columns(), params, is_tracked(params[1]))
+        return replace(solution, value=torch.where(solution.value.isnan(), torch.nan, value))
+
+    def mesh(self, t: Tensor, states: int | None) -> Mesh | RowMesh:
+        """Where the steps of a solve with these output times are kept."""
+        return RowMesh(states) if self.per_sample or t.dim() > 1 else Mesh(states)
+
+    def march(
+        self, problem: InitialValueProblem, params: Sequence[Any], mesh: Mesh | RowMesh, slope: Tensor | None = None
+    ) -> Solution:
+        """The solution; ``mesh`` gets the steps that made it. ``slope`` is that at the start, if somebody knows it."""
         y, t, *tensors = params
-        evaluate, times = problem.evaluator(tensors), t.detach().to("cpu", torch.float64).tolist()
+        evaluate = problem.evaluator(tensors)
+        if isinstance(mesh, RowMesh):
+            times = in_rows(t.detach().double(), y.shape[:-1])
+
+            def part(rows: Tensor) -> Evaluate | None:
+                found = problem.divided(tensors, rows)
+                return None if found is None else problem.evaluator(found[0])
+
+            solution = RowRun(self, evaluate, part, times, y.reshape(-1, y.shape[-1]), mesh).run(slope)
+            return _shaped(solution, y.shape[:-1])
+        times = t.detach().to("cpu", torch.float64).tolist()
         mesh.times = times
         tracked = torch.is_grad_enabled() and is_tracked(t)
-        start = moved(evaluate, mesh, 0, y.reshape(problem.samples, -1), t[0]) if tracked else y
-        run = JointRun(self, evaluate, times, start.reshape(problem.native), problem.samples, mesh)
-        solution = run.run(slope)
-        value = solution.value
+        rows = y.reshape(problem.samples, y.shape[-1])
+        start = moved(evaluate, times[0], rows, t[0], start=True) if tracked else rows
+        solution = JointRun(self, evaluate, times, start.reshape(problem.native), problem.samples, mesh).run(slope)
         if tracked:
-            own = [moved(evaluate, mesh, i, value[:, i], t[i]) for i in range(1, len(times))]
-            value = torch.stack([y.reshape(problem.samples, -1), *own], dim=1)
-        return _shaped(replace(solution, value=value), y.shape[:-1])
+            own = [moved(evaluate, times[i], solution.value[:, i], t[i]) for i in range(1, len(times))]
+            solution = replace(solution, value=torch.stack([rows, *own], dim=1))
+        return _shaped(solution, y.shape[:-1])
 
     def steps_between(self, length: float) -> int:
         """How many equal steps a method of fixed step makes between two output times."""

@@ -80,6 +80,18 @@ class InitialValueProblem(Problem):
 
         return evaluate
 
+    def divided(self, tensors: Sequence[Tensor], rows: Tensor) -> tuple[list[Tensor], list[bool]] | None:
+        """The tensors of some samples alone, and which of them were divided; None if nobody knows how to.
+
+        The parameters of a module are everybody's; an argument whose first dimension has the size of the batch goes
+        with it, as far as shapes tell.
+        """
+        if len(self.state.batch) != 1:
+            return None
+        shared = len(self.arguments.unflatten(tensors)[0])
+        own = [i >= shared and p.dim() > 0 and p.shape[0] == self.samples for i, p in enumerate(tensors)]
+        return [p[rows] if goes else p for p, goes in zip(tensors, own, strict=True)], own
+
     def mapped(self, size: int, in_dims: tuple[int | None, ...], randomness: str) -> InitialValueProblem:
         """The same with one more leading dimension of samples; ``in_dims`` says which tensors have it."""
         own = self.function, self.state, self.arguments, self.autocast, self.batch_dims + 1, self.properties
@@ -112,6 +124,9 @@ class _Mapped(InitialValueProblem):
             return result.reshape(rows.shape)
 
         return evaluate
+
+    def divided(self, tensors: Sequence[Tensor], rows: Tensor) -> None:
+        return None
 
     def _split(self, rows: Tensor) -> Tensor:
         return rows.reshape(self.size, self.base.samples, rows.shape[-1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from difflayers.ode._mesh import Mesh, Step
-from difflayers.ode._stages import Evaluate, TracedStages, combined, mixed, stage_time
+from difflayers.ode._stages import Evaluate, Time, TracedStages, combined, mixed, stage_time
 from difflayers.ode._tableaus import RK4, Coefficients, Tableau, coefficients
 
 
@@ -18,7 +18,7 @@ def replay(tableau: Tableau, evaluate: Evaluate, mesh: Mesh, y0: Tensor, t: Tens
     Steps are constants. A moving time moves its end along the flow: the start is carried from ``t₀`` to the first
     step, an output from where a step made it to its time.
     """
-    y = y0 if t is None else moved(evaluate, mesh, 0, y0, t[0])
+    y = y0 if t is None else moved(evaluate, mesh.times[0], y0, t[0], start=True)
     # Times equal to the first one have the start itself.
     values: list[Tensor | None] = [y if time == mesh.times[0] else None for time in mesh.times]
     for step in mesh.steps:
@@ -28,7 +28,9 @@ def replay(tableau: Tableau, evaluate: Evaluate, mesh: Mesh, y0: Tensor, t: Tens
     zero = torch.zeros_like(y0)
     found = [zero if value is None else value for value in values]
     if t is not None:
-        found = [value if values[i] is None else moved(evaluate, mesh, i, value, t[i]) for i, value in enumerate(found)]
+        found = [
+            value if values[i] is None else moved(evaluate, mesh.times[i], value, t[i]) for i, value in enumerate(found)
+        ]
     return torch.stack([y0, *found[1:]], dim=-2)
 
 
@@ -44,14 +46,13 @@ def retraced(tableau: Tableau, evaluate: Evaluate, step: Step, y: Tensor) -> tup
     return end, outputs
 
 
-def moved(evaluate: Evaluate, mesh: Mesh, index: int, y: Tensor, time: Tensor) -> Tensor:
+def moved(evaluate: Evaluate, fixed: Time, y: Tensor, time: Tensor, start: bool = False) -> Tensor:
     """An output carried by the flow to its time, or the start from its time; both are where they were already.
 
     The value is that of ``y``; what comes are the derivatives in ``time``, up to the fourth.
     """
-    fixed = mesh.times[index]
-    h = ((time - fixed) if index else (fixed - time)).to(y.dtype)
-    t = fixed if index else time
+    h = torch.as_tensor(fixed - time if start else time - fixed).to(y.dtype)
+    t = time if start else fixed
     slopes = [evaluate(stage_time(t, 0.0, h, y), y)]
     for row, c in zip(RK4.rows[:-1], RK4.c[1:], strict=False):
         slopes.append(evaluate(stage_time(t, c, h, y), mixed(y, slopes, row, h)))
@@ -78,32 +79,44 @@ def pulled(
         adjoint = adjoint + cotangent if s == 1 else adjoint
     stages = tableau.total if inside else tableau.stages
     known = coefficients(tableau, y.dtype, y.device)
-    tapes = _tapes(evaluate, known, tableau.c[:stages], step, y)
+    tapes = tapes_of(evaluate, known, tableau.c[:stages], step.t, step.h, y)
     sources = torch.stack([adjoint, *[g for _, g in inside]]).flatten(1)
     weights = sources.new_zeros(len(sources), stages)
     weights[0, : tableau.stages] = known.b
     for row, (s, _) in zip(weights[1:], inside, strict=True):
         row.copy_(torch.from_numpy(tableau.weights(s)))
     direct = torch.mm(weights.t(), sources).view(stages, *y.shape).mul_(step.h)
+    return swept(tapes, known, direct, step.h, wanted, gradients).add_(sources.sum(0).view(y.shape))
+
+
+def swept(
+    tapes: Sequence[tuple[Tensor, Tensor]],
+    known: Coefficients,
+    direct: Tensor,
+    h: Time,
+    wanted: Sequence[Tensor],
+    gradients: list[Tensor | None],
+) -> Tensor:
+    """What the stages of a step give to its start, for the cotangents that slopes have from outside, ``direct``."""
     back = torch.empty_like(direct)
-    for i in range(stages - 1, -1, -1):
+    for i in range(len(tapes) - 1, -1, -1):
         leaf, slope = tapes[i]
         later = back[i + 1 :].flatten(1)
-        cotangent = combined(direct[i], later, known.columns[i][: stages - 1 - i], step.h) if len(later) else direct[i]
+        cotangent = combined(direct[i], later, known.columns[i][: len(later)], h) if len(later) else direct[i]
         _pull_one(leaf, slope, cotangent, back[i], wanted, gradients)
-    return sources.sum(0).view(y.shape).add_(back.sum(0))
+    return back.sum(0)
 
 
-def _tapes(
-    evaluate: Evaluate, known: Coefficients, c: Sequence[float], step: Step, y: Tensor
+def tapes_of(
+    evaluate: Evaluate, known: Coefficients, c: Sequence[float], t: Time, h: Time, y: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """The points of the stages, and their slopes as functions of them."""
     slopes = y.new_empty(len(c), y.numel())
     tapes = []
     for i, where in enumerate(c):
-        leaf = (combined(y, slopes[:i], known.rows[i], step.h) if i else y.detach()).requires_grad_()
+        leaf = (combined(y, slopes[:i], known.rows[i], h) if i else y.detach()).requires_grad_()
         with torch.enable_grad():
-            slope = evaluate(stage_time(step.t, where, step.h, y), leaf)
+            slope = evaluate(stage_time(t, where, h, y), leaf)
         slopes[i].copy_(slope.detach().view(-1))
         tapes.append((leaf, slope))
     return tapes

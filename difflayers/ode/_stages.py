@@ -79,10 +79,29 @@ class Stages:
         """The last slope becomes the first one of the next step."""
         self._slots[0].copy_(self._slots[self.tableau.stages])
 
+    def advance_where(self, moved: Tensor) -> None:
+        """The same for the samples that moved, a column."""
+        self._slots[0].copy_(torch.where(moved, self._slots[self.tableau.stages], self._slots[0]))
+
+    def between(self, t: Tensor, y: Tensor, h: Tensor, row: Tensor, s: Tensor) -> Tensor:
+        """States inside the last step: of samples ``row``, at ``t + sh``."""
+        self._fill(t, y, h, self._made, self.tableau.total)
+        self._made = self.tableau.total
+        weights = weights_at(self.tableau, s, y)
+        own = torch.bmm(weights.unsqueeze(1), self.slopes[:, row].transpose(0, 1)).squeeze(1)
+        return torch.addcmul(y[row], h[row].to(y.dtype), own)
+
+    def divided(self, evaluate: Evaluate, y: Tensor, slope: Tensor) -> Stages:
+        """Buffers for some of the samples, which have these first slopes."""
+        part = Stages(self.tableau, evaluate, y)
+        part._slots[0].copy_(slope)
+        part.evaluations = self.evaluations
+        return part
+
     def _point(self, y: Tensor, i: int, h: Time) -> Tensor:
         _, before, weights, _ = self._plan[i]
         if isinstance(h, Tensor):
-            return torch.addcmul(y, torch.mv(before, weights).view(self._shape), h)
+            return torch.addcmul(y, torch.mv(before, weights).view(self._shape), h.to(y.dtype))
         return torch.addmv(y.view(-1), before, weights, alpha=h).view(self._shape)
 
     def _fill(self, t: Time, y: Tensor, h: Time, first: int, end: int) -> Tensor:
@@ -138,6 +157,11 @@ class TracedStages:
         self._fill(t, y, h, self.tableau.stages)
         return mixed(y, self._slopes, self.tableau.b, h)
 
+    def complete(self, t: Time, y: Tensor, h: Time) -> list[Tensor]:
+        """All slopes of the step, with those for outputs inside."""
+        self._fill(t, y, h, self.tableau.total)
+        return self._slopes
+
     def estimates(self) -> list[Tensor]:
         """Estimates of the local error, off the graph."""
         errors = self.coefficients.error
@@ -148,7 +172,7 @@ class TracedStages:
 
     def inside(self, t: Time, y: Tensor, h: Time, s: float) -> Tensor:
         """The state at ``t + sh`` of the last step."""
-        self._fill(t, y, h, self.tableau.total)
+        self.complete(t, y, h)
         return mixed(y, self._slopes, list(self.tableau.weights(s)), h)
 
     def advance(self) -> None:
@@ -175,3 +199,10 @@ def mixed(y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], h: Time
     for k, w in terms[1:]:
         total = torch.add(total, k, alpha=w)
     return y + h.to(y.dtype) * total
+
+
+def weights_at(tableau: Tableau, s: Tensor, like: Tensor) -> Tensor:
+    """``bⱼ(s)`` for many places at once, ``(places, stages)``."""
+    interpolant = coefficients(tableau, torch.float64, like.device).interpolant
+    powers = s.double()[:, None] ** torch.arange(1, interpolant.shape[1] + 1, device=like.device)
+    return (powers @ interpolant.t()).to(like.dtype)
