@@ -24,6 +24,7 @@ from difflayers import ImplicitAdjoint, linear, monitor, plot
 from difflayers.fixedpoint import DEQ, Anderson
 
 torch.set_num_threads(1)
+torch.set_default_dtype(torch.float32)
 torch.manual_seed(0)
 
 pixels, digits = mnist_data()

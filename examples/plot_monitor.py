@@ -24,6 +24,7 @@ from difflayers import Record, monitor, plot
 from difflayers.fixedpoint import DEQ, Anderson, Picard, spectral_radius
 
 torch.set_num_threads(1)
+torch.set_default_dtype(torch.float32)
 torch.manual_seed(0)
 
 # sphinx_gallery_start_ignore

@@ -25,6 +25,7 @@ from difflayers import ImplicitAdjoint, ImplicitFunction, linear
 from difflayers.fixedpoint import Anderson, FixedPointProblem
 
 torch.set_num_threads(1)
+torch.set_default_dtype(torch.float32)
 generator = torch.Generator().manual_seed(0)
 
 
