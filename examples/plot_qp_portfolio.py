@@ -200,10 +200,9 @@ plt.show()
 # %%
 # What it shows
 # -------------
-# - It doesn't pay here. Training on decisions raised the utility of the training months by a third and lowered that of
-#   the test: with 167 months even five numbers overfit, and the loss knows it less than least squares do, since a
-#   decision sees one month's returns through the few stocks it holds.
-# - Nothing beats equal weights beyond chance: all intervals contain zero. In 14 years of monthly returns only large
-#   differences can be told.
-# - What looks best, Markowitz with past means, was worst in training. That is luck, or the rise of a few companies that
-#   were on the list because they rose.
+# - It doesn't pay here. Against least squares, training on decisions raised the utility of the training months from
+#   8.6 to 12.6 % and lowered that of the test from 10.9 to 7.6: with 167 months even four coefficients overfit. It
+#   also trades twice as much, though the fees are in its loss.
+# - Nothing differs from equal weights beyond chance: all intervals contain zero. In 14 years of monthly returns only
+#   large differences can be told.
+# - What looks best, Markowitz with past means, was worst in training. Nobody could have chosen it then.

@@ -189,7 +189,7 @@ plt.show()
 # -------------
 # - The layer solves what it has never seen: the rules are linear, and linear rules are all that it can learn. The
 #   network knows the training grids by heart.
-# - It isn't that the layer searches. On 4×4 grids the linear program is tight; on 9×9 it isn't always.
+# - Nothing searches here: with the true rules the QP solves these puzzles as well. That says nothing about 9×9 grids.
 # - With the true rules every sample is degenerate: 64 equations of rank 40, and at a corner of the polytope more are
 #   active than there are unknowns. The answer is right, derivatives are those of least norm (:doc:`/qp/degenerate`),
 #   and each sample takes a pseudoinverse, which is much slower. Learned rules are in general position.
