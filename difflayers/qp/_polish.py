@@ -9,7 +9,7 @@ from torch import Tensor
 
 from difflayers.qp._data import Data
 from difflayers.qp._proximal import proximal
-from difflayers.qp._reduced import Reduced
+from difflayers.qp._reduced import Patched, Reduced
 from difflayers.qp._sparse_reduced import reduced
 
 # Rounds of correction. The first few exchange all wrong rows at once, which is Newton's method and may cycle.
@@ -43,7 +43,16 @@ def polished(data: Data, active: Tensor, start: tuple[Tensor, Tensor, Tensor], r
     if data.sparse:
         return _sparsely(data, first, start, rounds)
     mended = _corrected(data.rows(wrong), active[wrong], first.z[wrong], first.x[wrong], rounds)
-    return _on(data, active.index_put((wrong,), mended))
+    return _patched(first, wrong, _on(data.rows(wrong), mended))
+
+
+def _patched(first: Polished, wrong: Tensor, mended: Polished) -> Polished:
+    """The samples that were wrong replaced; what was factored for the others stays."""
+    if bool(wrong.all()):
+        return mended
+    old, new = first[:5], mended[:5]
+    x, y, z, active, verified = (a.index_put((wrong,), b) for a, b in zip(old, new, strict=True))
+    return Polished(x, y, z, active, verified, Patched(first.reduced, wrong, mended.reduced))
 
 
 def _sparsely(data: Data, first: Polished, start: tuple[Tensor, Tensor, Tensor], rounds: int) -> Polished:

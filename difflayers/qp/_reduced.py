@@ -131,6 +131,23 @@ class Reduced:
         return inverse
 
 
+class Patched(Reduced):
+    """A factored system, some samples of which were factored again, for other active sets."""
+
+    def __init__(self, base: Reduced, samples: Tensor, part: Reduced) -> None:
+        self.data, self.layout = base.data, base.layout
+        self.dtype, self.samples = base.dtype, base.samples
+        self._base, self._again, self._part = base, samples, part
+        self.active = base.active.index_put((samples,), part.active)
+        self.degenerate = base.degenerate.index_put((samples,), part.degenerate)
+
+    def solve(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sides = (first, equations, inequalities)
+        whole, part = self._base.solve(*sides), self._part.solve(*[side[self._again] for side in sides])
+        x, y, z = (old.index_put((self._again,), new) for old, new in zip(whole, part, strict=True))
+        return x, y, z
+
+
 def _positions(active: Tensor) -> tuple[Tensor, Tensor]:
     """The active rows of every sample, ``(samples, k)``, and a mask, zero where there are fewer than ``k``."""
     samples, rows = active.nonzero(as_tuple=True)

@@ -257,3 +257,18 @@ def test_monitor_sees_both_solves():
     assert [record.role for record in log] == ["forward", "adjoint"]
     assert log[0].samples == 3
     assert "DAQP" in log[0].solver
+
+
+def test_corrected_samples_differentiate_on_their_own_active_set():
+    """A warm start that is right for some samples and wrong for others."""
+    data = blocks(samples=20)
+    P, rest = data["L"] @ data["L"].mT + torch.eye(4), [data[k] for k in "GhAb"]
+    first = solve_qp(P, data["q"], *rest, lb=data["lb"], solver=DAQP())
+    q = (data["q"] * torch.where(torch.arange(20) % 2 == 0, 1.0, 0.3)[:, None]).requires_grad_()
+    warm = solve_qp(P, q, *rest, lb=data["lb"], solver=DAQP(), init=first)
+    cold = solve_qp(P, q, *rest, lb=data["lb"], solver=DAQP())
+    changed = ((first.z > 0) != (cold.z > 0)).any(1) | ((first.z_box < 0) != (cold.z_box < 0)).any(1)
+    assert 0 < int(changed.sum()) < 20
+    contracts.assert_close(warm.x, cold.x, 1e-11)
+    ours, theirs = (torch.autograd.grad(s.x.pow(2).sum() + s.z.sum(), q)[0] for s in (warm, cold))
+    contracts.assert_close(ours, theirs, 1e-11)
