@@ -30,9 +30,13 @@ from difflayers.errors import ProblemError
 from difflayers.ode._along import along
 from difflayers.ode._explicit import ExplicitSolver
 from difflayers.ode._mesh import Mesh, RowMesh
+from difflayers.ode._parallel import parallel_gradient
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._replay import moved, pulled, retraced
 from difflayers.ode._row_replay import RowGradient, row_time_gradient
+
+# Numbers of the state, and of the propagators of one step, up to which stages in parallel were faster than steps.
+_FEW, _SMALL = 256, 3000
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,14 @@ class CheckpointedAdjoint(Adjoint):
     Args:
         states: how many states may be kept; None for one per step. With fewer, segments between them are run once more
             to get the others: about the square root of the number of steps costs the least memory.
+        stage_parallel: whether ``backward`` evaluates the stages of all steps at once, under ``torch.func.vmap``, and
+            forms their Jacobians, which takes as many products as a sample has numbers, and the slopes of every step in
+            memory. None does where that was measured to be faster, for few small samples, and falls back where the
+            right-hand side can't be vmapped. It serves joint steps only.
     """
 
     states: int | None = None
+    stage_parallel: bool | None = None
 
     def __post_init__(self) -> None:
         if self.states is not None and self.states < 1:
@@ -66,7 +75,8 @@ class CheckpointedAdjoint(Adjoint):
     ) -> Solution:
         if not isinstance(problem, InitialValueProblem) or not isinstance(solver, ExplicitSolver):
             raise TypeError(f"{self!r} can't serve here: {self.supports(problem, solver)}")
-        call = _Call(problem, solver, on_failure, self.states, in_functorch())
+        call = _Call(problem, solver, on_failure, self.states, in_functorch(), self._parallel(params))
+        call.forced = self.stage_parallel is True
         closes_over = _looks_ahead(call, params)
         value, status, *stats = _solve(call, *params)
         solution = Solution(value, status, dict(zip(call.names, stats, strict=False)))
@@ -76,6 +86,14 @@ class CheckpointedAdjoint(Adjoint):
             run = along(problem, solver.tableau, mesh, columns, params, params[1].requires_grad)
             solution = replace(solution, value=torch.where(_there(value, solution.stats["outputs"]), run, torch.nan))
         return solution
+
+    def _parallel(self, params: Sequence[Tensor]) -> bool:
+        """Whether slopes are kept for it."""
+        if self.stage_parallel is False or not torch.is_grad_enabled():
+            return False
+        numbers, n = params[0].numel(), params[0].shape[-1]
+        small = self.states is None and numbers <= _FEW and numbers * (n + 1) <= _SMALL
+        return self.stage_parallel is True or small
 
 
 @dataclass
@@ -87,6 +105,8 @@ class _Call:
     on_failure: OnFailure
     states: int | None
     transformed: bool = False  # whether a transform may need the mesh as tensors of its own
+    keep_stages: bool = False
+    forced: bool = False  # whether stages in parallel are the caller's wish
     slope: Tensor | None = None  # at the start, where it was evaluated already
     failures: list[bool] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -108,7 +128,7 @@ class _Call:
         return [column.reshape(*batch, column.shape[-1]) for column in self.mesh.columns()]
 
     def run(self, params: Sequence[Tensor]) -> Solution:
-        mesh = self.solver.mesh(params[1], self.states)
+        mesh = self.solver.mesh(params[1], self.states, self.keep_stages)
         slope, self.slope = self.slope, None
         solution = watch("forward", self.solver, lambda: self.solver.march(self.problem, params, mesh, slope))
         self.meshes.append(mesh)
@@ -246,19 +266,48 @@ def _step_by_step(
         adjoint = rows.run(g)
         times = row_time_gradient(evaluate, mesh, _by_row(value), g, adjoint) if 1 in wanted else None
         return _in_order(wanted, adjoint + g[:, 0], times, rows.gradients, params)
+    followed = [params[i] for i in wanted if i > 1]
+    if (found := _all_at_once(call, mesh, tensors, followed, _by_row(cotangent))) is not None:
+        start, others = found
+        start = start + _equal_to_first(mesh, _by_row(cotangent))
+        by_output = list(_by_row(cotangent).unbind(1))
+        times = _time_gradient(evaluate, mesh, value, t, by_output, start) if 1 in wanted else None
+        return _in_order(wanted, start + by_output[0], times, others, params)
     native = call.problem.native
     by_output = [one.reshape(native) for one in _by_row(cotangent).unbind(1)]
-    followed = [params[i] for i in wanted if i > 1]
     gradients: list[Tensor | None] = [None] * len(followed)
     adjoint = torch.zeros_like(by_output[0])
     for segment in reversed(mesh.segments):
         for step, y in reversed(list(_states(tableau, evaluate, segment))):
             own = [by_output[index] for index, _ in step.outputs]
             adjoint = pulled(tableau, evaluate, step, y, adjoint, own, followed, gradients)
-    for index, time in enumerate(mesh.times[1:], 1):
-        adjoint = adjoint + by_output[index] if time == mesh.times[0] else adjoint
+    adjoint = adjoint + _equal_to_first(mesh, _by_row(cotangent)).view(native)
     times = _time_gradient(evaluate, mesh, value, t, by_output, adjoint) if 1 in wanted else None
     return _in_order(wanted, adjoint + by_output[0], times, gradients, params)
+
+
+def _all_at_once(
+    call: _Call, mesh: Mesh, tensors: Sequence[Tensor], followed: Sequence[Tensor], cotangent: Tensor
+) -> tuple[Tensor, list[Tensor | None]] | None:
+    """The stages of all steps in parallel, where that is possible."""
+    if not mesh.keep_stages or call.failed or not mesh.steps:
+        return None
+    if call.forced:
+        return parallel_gradient(call.problem, call.solver.tableau, mesh, tensors, followed, cotangent)
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_enabled(False)  # operations one by one would take longer than steps
+    try:
+        return parallel_gradient(call.problem, call.solver.tableau, mesh, tensors, followed, cotangent)
+    except Exception:  # whatever a callable does under vmap that it wasn't written for; steps tell if it is wrong
+        return None
+    finally:
+        functorch._set_vmap_fallback_enabled(True)
+
+
+def _equal_to_first(mesh: Mesh, cotangent: Tensor) -> Tensor:
+    """What the start gets from later outputs at its own time."""
+    equal = torch.tensor([time == mesh.times[0] for time in mesh.times[1:]], device=cotangent.device)
+    return (cotangent[:, 1:] * equal[:, None]).sum(1)
 
 
 def _in_order(

@@ -26,14 +26,14 @@ class Controller:
     def __init__(self, solver: ExplicitSolver, y: Tensor, rows: torch.Size) -> None:
         order = solver.tableau.error_order
         self.order = order
-        beta = 0.2 / order
+        beta = 0.1 / order
         self._alpha, self._beta = 1 / order - 0.75 * beta, beta
         self.rtol, atol = tolerances(solver.rtol, solver.atol, y)
         self._atol = torch.tensor(atol, dtype=y.dtype, device=y.device)
         self._size = y.detach().reshape(-1).abs()
         self._next_size = self._size
         self._shape = rows
-        self._previous, self._rejected, self._last = 1e-4, False, 0.0
+        self._previous, self._rejected, self._last = 1.0, False, 0.0
         self._ratio: Tensor | None = None
         self._root = math.sqrt(max(y.numel(), 1))
 
@@ -102,7 +102,7 @@ class RowController:
     def __init__(self, solver: ExplicitSolver, y: Tensor) -> None:
         order = solver.tableau.error_order
         self.order = order
-        beta = 0.2 / order
+        beta = 0.1 / order
         self._alpha, self._beta = 1 / order - 0.75 * beta, beta
         eps = torch.finfo(y.dtype).eps
         self.rtol = max(solver.rtol, 16 * eps)
@@ -110,7 +110,7 @@ class RowController:
         self._atol = (largest * eps).clamp_min(solver.atol)
         self._size = y.abs()
         self._next_size = self._size
-        self._previous = torch.full_like(self._atol, 1e-4, dtype=torch.float64)
+        self._previous = torch.ones_like(self._atol, dtype=torch.float64)
         self._rejected = torch.zeros_like(self._previous, dtype=torch.bool)
         self._root = math.sqrt(max(y.shape[1], 1))
 

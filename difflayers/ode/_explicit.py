@@ -55,9 +55,9 @@ class ExplicitSolver(Solver):
         value = along(problem, self.tableau, mesh, mesh.columns(), params, is_tracked(params[1]))
         return replace(solution, value=torch.where(solution.value.isnan(), torch.nan, value))
 
-    def mesh(self, t: Tensor, states: int | None) -> Mesh | RowMesh:
+    def mesh(self, t: Tensor, states: int | None, keep_stages: bool = False) -> Mesh | RowMesh:
         """Where the steps of a solve with these output times are kept."""
-        return RowMesh(states) if self.per_sample or t.dim() > 1 else Mesh(states)
+        return RowMesh(states) if self.per_sample or t.dim() > 1 else Mesh(states, keep_stages)
 
     def march(
         self, problem: InitialValueProblem, params: Sequence[Any], mesh: Mesh | RowMesh, slope: Tensor | None = None

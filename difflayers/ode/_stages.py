@@ -36,10 +36,11 @@ class Stages:
 
     def __init__(self, tableau: Tableau, evaluate: Evaluate, like: Tensor) -> None:
         self.tableau, self.evaluate, self.evaluations = tableau, evaluate, 0
-        self.slopes = torch.empty(tableau.total, *like.shape, dtype=like.dtype, device=like.device)
+        self.slopes = torch.zeros(tableau.total, *like.shape, dtype=like.dtype, device=like.device)
         self._shape, self._c, self._made = like.shape, tableau.c, 0
         known = coefficients(tableau, like.dtype, like.device)
         self._errors = known.error
+        self._interpolant = coefficients(tableau, torch.float64, like.device).interpolant
         # Views cost as much as small products; they are made once.
         self._slots = list(self.slopes)
         self._flat = self.slopes.view(tableau.total, -1)
@@ -73,7 +74,13 @@ class Stages:
         """The state at ``t + sh`` of the last step."""
         self._fill(t, y, h, self._made, self.tableau.total)
         self._made = self.tableau.total
-        return combined(y, self._flat, torch.as_tensor(self.tableau.weights(s)).to(y), h)
+        return combined(y, self._flat, self._weights(s).to(y), h)
+
+    def _weights(self, s: float) -> Tensor:
+        powers = [s]
+        for _ in range(self._interpolant.shape[1] - 1):
+            powers.append(powers[-1] * s)
+        return torch.mv(self._interpolant, self._interpolant.new_tensor(powers))
 
     def advance(self) -> None:
         """The last slope becomes the first one of the next step."""
