@@ -75,7 +75,8 @@ def solve_qp(
     gradient has the same pattern), a SciPy matrix, or :class:`Sparse` for a batch of values on one pattern.
 
     Args:
-        P: symmetric positive semidefinite, ``(*batch, n, n)``; None for a linear program.
+        P: symmetric positive semidefinite, ``(*batch, n, n)``; None for a linear program. Its gradient isn't made
+            symmetric: a parametrization such as ``LLᵀ`` does that.
         q: ``(*batch, n)``.
         G: ``(*batch, m, n)``.
         h: ``(*batch, m)``.

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from difflayers import ImplicitAdjoint, linear, monitor
 from difflayers.errors import ConvergenceWarning
-from difflayers.qp import DAQP, PIQP, QPLayer, solve_qp
+from difflayers.qp import DAQP, OSQP, PIQP, Auto, Clarabel, InteriorPoint, Moreau, ProxQP, QPLayer, solve_qp
 
-BACKENDS = [DAQP(), PIQP()]
+BACKENDS = [Auto(), DAQP(), PIQP(), InteriorPoint(), Clarabel(), OSQP(), ProxQP(), Moreau()]
 
 
 def blocks(samples=3, n=4, m=5, p=1, shared=("G", "A", "lb")):
@@ -43,6 +43,7 @@ def call(solver, part="x", **options):
 
 @pytest.mark.parametrize("solver", BACKENDS, ids=repr)
 def test_first_and_second_derivatives_of_everything(solver):
+    pytest.importorskip({"ProxQP": "proxsuite", "Moreau": "moreau"}.get(type(solver).__name__, "torch"))
     params = contracts.wanting(blocks().values())
     assert torch.autograd.gradcheck(call(solver, "all"), params, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(call(solver, "all"), params)
