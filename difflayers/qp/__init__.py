@@ -9,6 +9,7 @@ from difflayers.qp._cone_problem import ConeProblem
 from difflayers.qp._cone_scs import SCS
 from difflayers.qp._cone_solver import ConeSolver
 from difflayers.qp._cones import Cones
+from difflayers.qp._cvxpy import CvxpyLayer, CvxpySolution
 from difflayers.qp._daqp import DAQP
 from difflayers.qp._feasible import Sides, closest_feasible
 from difflayers.qp._highs import HiGHS
@@ -45,6 +46,8 @@ __all__ = [
     "ConeSolution",
     "ConeSolver",
     "Cones",
+    "CvxpyLayer",
+    "CvxpySolution",
     "HiGHS",
     "InteriorPoint",
     "Moreau",
