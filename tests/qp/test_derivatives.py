@@ -44,9 +44,9 @@ def call(solver, part="x", **options):
 @pytest.mark.parametrize("solver", BACKENDS, ids=repr)
 def test_first_and_second_derivatives_of_everything(solver):
     pytest.importorskip({"ProxQP": "proxsuite", "Moreau": "moreau"}.get(type(solver).__name__, "torch"))
-    params = contracts.wanting(blocks().values())
+    params = contracts.wanting(blocks(samples=2, n=3, m=4).values())
     assert torch.autograd.gradcheck(call(solver, "all"), params, check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(call(solver, "all"), params)
+    assert torch.autograd.gradgradcheck(call(solver, "all"), params, fast_mode=True)
 
 
 def test_an_active_set_is_a_linear_system():
