@@ -31,12 +31,15 @@ from difflayers.ode._along import along
 from difflayers.ode._explicit import ExplicitSolver
 from difflayers.ode._mesh import Mesh, RowMesh
 from difflayers.ode._parallel import parallel_gradient
+from difflayers.ode._parallel_rows import ParallelRows
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._replay import moved, pulled, retraced
 from difflayers.ode._row_replay import RowGradient, row_time_gradient
 
 # Numbers of the state, and of the propagators of one step, up to which stages in parallel were faster than steps.
 _FEW, _SMALL = 256, 3000
+# The latter where samples have their own steps, for the samples that a step has on average.
+_SMALL_ROWS = 6000
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,11 @@ class CheckpointedAdjoint(Adjoint):
     Args:
         states: how many states may be kept; None for one per step. With fewer, segments between them are run once more
             to get the others: about the square root of the number of steps costs the least memory.
-        stage_parallel: whether ``backward`` evaluates the stages of all steps at once, under ``torch.func.vmap``, and
-            forms their Jacobians, which takes as many products as a sample has numbers, and the slopes of every step in
-            memory. None does where that was measured to be faster, for few small samples, and falls back where the
-            right-hand side can't be vmapped. It serves joint steps only.
+        stage_parallel: whether ``backward`` evaluates the stages of all steps at once and forms their Jacobians, which
+            takes as many products as a sample has numbers, and the slopes of every step in memory. None does where that
+            was measured to be faster, for few small samples. Where all step together this runs the right-hand side
+            under ``torch.func.vmap``, and None falls back where it can't; where samples have their own steps it is
+            called with a large batch, if the solve has shown that samples can be evaluated without the others.
     """
 
     states: int | None = None
@@ -76,7 +80,7 @@ class CheckpointedAdjoint(Adjoint):
         if not isinstance(problem, InitialValueProblem) or not isinstance(solver, ExplicitSolver):
             raise TypeError(f"{self!r} can't serve here: {self.supports(problem, solver)}")
         call = _Call(problem, solver, on_failure, self.states, in_functorch(), self._parallel(params))
-        call.forced = self.stage_parallel is True
+        call.stage_parallel = self.stage_parallel
         closes_over = _looks_ahead(call, params)
         value, status, *stats = _solve(call, *params)
         solution = Solution(value, status, dict(zip(call.names, stats, strict=False)))
@@ -106,7 +110,7 @@ class _Call:
     states: int | None
     transformed: bool = False  # whether a transform may need the mesh as tensors of its own
     keep_stages: bool = False
-    forced: bool = False  # whether stages in parallel are the caller's wish
+    stage_parallel: bool | None = None
     slope: Tensor | None = None  # at the start, where it was evaluated already
     failures: list[bool] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -261,11 +265,11 @@ def _step_by_step(
     _, t, *tensors = params
     mesh, tableau, evaluate = call.mesh, call.solver.tableau, call.problem.evaluator(tensors)
     if isinstance(mesh, RowMesh):
-        rows = RowGradient(call.problem, tableau, mesh, tensors, [i - 2 for i in wanted if i > 1])
         g = _by_row(cotangent)
-        adjoint = rows.run(g)
+        adjoint, others = _by_rows(call, mesh, tensors, [i - 2 for i in wanted if i > 1], g)
+        adjoint = adjoint + (g[:, 1:] * (mesh.times[:, 1:] == mesh.times[:, :1])[..., None]).sum(1)
         times = row_time_gradient(evaluate, mesh, _by_row(value), g, adjoint) if 1 in wanted else None
-        return _in_order(wanted, adjoint + g[:, 0], times, rows.gradients, params)
+        return _in_order(wanted, adjoint + g[:, 0], times, others, params)
     followed = [params[i] for i in wanted if i > 1]
     if (found := _all_at_once(call, mesh, tensors, followed, _by_row(cotangent))) is not None:
         start, others = found
@@ -286,13 +290,28 @@ def _step_by_step(
     return _in_order(wanted, adjoint + by_output[0], times, gradients, params)
 
 
+def _by_rows(
+    call: _Call, mesh: RowMesh, tensors: Sequence[Tensor], followed: Sequence[int], cotangent: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradient where samples have their own steps: in parallel, or step by step."""
+    tableau, n = call.solver.tableau, cotangent.shape[-1]
+    mean = sum(len(step.rows) for step in mesh.steps) / max(len(mesh.steps), 1)
+    small = mean * n * (n + 1) <= _SMALL_ROWS and call.states is None
+    wished = call.stage_parallel is True or (call.stage_parallel is None and small)
+    if wished and mesh.divisible and not call.failed and all(step.y is not None for step in mesh.steps):
+        pairs = ParallelRows(call.problem, tableau, tensors, followed)
+        return pairs.run(mesh, cotangent), pairs.gradients
+    rows = RowGradient(call.problem, tableau, mesh, tensors, followed)
+    return rows.run(cotangent), rows.gradients
+
+
 def _all_at_once(
     call: _Call, mesh: Mesh, tensors: Sequence[Tensor], followed: Sequence[Tensor], cotangent: Tensor
 ) -> tuple[Tensor, list[Tensor | None]] | None:
     """The stages of all steps in parallel, where that is possible."""
     if not mesh.keep_stages or call.failed or not mesh.steps:
         return None
-    if call.forced:
+    if call.stage_parallel:
         return parallel_gradient(call.problem, call.solver.tableau, mesh, tensors, followed, cotangent)
     functorch: Any = torch._C._functorch
     functorch._set_vmap_fallback_enabled(False)  # operations one by one would take longer than steps

@@ -116,12 +116,14 @@ class RowMesh(_Thinned[RowStep]):
     Attributes:
         times: output times, ``(samples, T)``.
         inside: whether any output lies inside a step.
+        divisible: whether some samples alone were shown to be what they are among the others.
     """
 
     def __init__(self, states: int | None = None) -> None:
         super().__init__(states)
         self.times: Tensor = torch.empty(0)
         self.inside = False
+        self.divisible = False
 
     def columns(self) -> tuple[Tensor, ...]:
         """What a replay needs: times and steps ``(samples, N)``, step and place of every output ``(samples, T)``."""

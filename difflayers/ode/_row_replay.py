@@ -72,7 +72,7 @@ class RowGradient:
         self._evaluate = problem.evaluator(tensors)
 
     def run(self, cotangent: Tensor) -> Tensor:
-        """The cotangent of the start, without that of the first output itself, for those of all ``(samples, T, n)``."""
+        """The cotangent of the start, for those of all outputs ``(samples, T, n)`` that steps have made."""
         adjoint = torch.zeros_like(cotangent[:, 0])
         for segment in reversed(self.mesh.segments):
             for step, y in reversed(list(self._states(segment))):
@@ -80,8 +80,7 @@ class RowGradient:
                 own = adjoint if self._rows is None else adjoint[step.rows]
                 pulled = self._pull(step, y, own, cotangent)
                 adjoint = pulled if self._rows is None else adjoint.index_copy(0, step.rows, pulled)
-        at_start = self.mesh.times[:, 1:] == self.mesh.times[:, :1]
-        return adjoint + (cotangent[:, 1:] * at_start[..., None]).sum(1)
+        return adjoint
 
     def _states(self, segment: Sequence[RowStep]) -> Iterator[tuple[RowStep, Tensor]]:
         y = segment[0].y

@@ -185,7 +185,7 @@ class RowRun:
         if not self.divided and not _agrees(evaluate, t, y, slope):
             self.part = _indivisible
             return None
-        self.divided = True
+        self.divided = self.mesh.divisible = True
         self.stages = self.stages.divided(evaluate, y, slope)
         self.kept = chosen if self.kept is None else self.kept[chosen]
         self.rows, self.y, self.t, self.next, self.going = rows, y, t, self.next[chosen], self.going[chosen]

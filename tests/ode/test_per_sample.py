@@ -69,14 +69,27 @@ def test_shared_times():
     assert_close(ours, torch.autograd.grad(cubed(traced)(*inputs), inputs), 1e-6)
 
 
-@pytest.mark.parametrize("states", [None, 2])
-def test_gradient_is_that_of_the_discrete_solution(states):
-    inputs, loose = wanting(params()), Dopri5(rtol=1e-3, atol=1e-3, per_sample=True)
+EXACT = [CheckpointedAdjoint(2), *[CheckpointedAdjoint(stage_parallel=choice) for choice in (True, False)]]
+
+
+@pytest.mark.parametrize("solver", [Dopri5(rtol=1e-3, atol=1e-3, per_sample=True), Dopri8(rtol=1e-4, per_sample=True),
+                                    RK4(step_size=0.2)], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("adjoint", EXACT, ids=repr)
+def test_gradient_is_that_of_the_discrete_solution(solver, adjoint):
+    inputs = wanting(params())
     ours, unrolled = (
-        torch.autograd.grad(cubed(layer(loose, adjoint))(*inputs), inputs)
-        for adjoint in (CheckpointedAdjoint(states), UnrolledAdjoint())
+        torch.autograd.grad(cubed(layer(solver, rule))(*inputs), inputs) for rule in (adjoint, UnrolledAdjoint())
     )
-    assert_close(ours, unrolled, 1e-12)
+    assert_close(ours, unrolled, 1e-11)
+
+
+def test_pairs_in_chunks(monkeypatch):
+    from difflayers.ode import _parallel_rows
+
+    monkeypatch.setattr(_parallel_rows.ParallelRows, "most", 7)
+    inputs, solver = wanting(params()), Dopri5(per_sample=True)
+    gradients = [torch.autograd.grad(cubed(layer(solver, rule))(*inputs), inputs) for rule in EXACT[1:]]
+    assert_close(*gradients, 1e-12)
 
 
 def test_finite_differences():

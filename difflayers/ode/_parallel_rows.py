@@ -1,0 +1,157 @@
+"""Stages in parallel where every sample has its own steps: pairs of step and sample, a chunk of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from difflayers.ode._mesh import RowMesh, RowStep
+from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._replay import tapes_of
+from difflayers.ode._stages import weights_at
+from difflayers.ode._tableaus import Tableau, coefficients
+
+
+class Pairs:
+    """Accepted ``(step, sample)`` pairs of some steps, in their order.
+
+    Attributes:
+        t: where they start, and
+        h: how long they are, columns.
+        y: states at their starts.
+        sample: whose they are.
+        parts: how many pairs every step has.
+        output: for every output that they make, of which pair,
+        index: which one, and
+        s: where inside.
+    """
+
+    def __init__(self, steps: Sequence[RowStep]) -> None:
+        chosen, output, first = [], [], 0
+        for step in steps:
+            here = step.h[:, 0] != 0
+            here[step.row] = True  # at times equal to those before there are outputs without a step
+            place = here.cumsum(0) - 1 + first
+            output.append(place[step.row])
+            chosen.append(here.nonzero().squeeze(1))
+            first += len(chosen[-1])
+        self.parts = [len(rows) for rows in chosen]
+
+        def gathered(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat([tensor[rows] for tensor, rows in zip(tensors, chosen, strict=True)])
+
+        self.t, self.h = gathered([step.t for step in steps]), gathered([step.h for step in steps])
+        self.y = gathered([step.y for step in steps if step.y is not None])
+        self.sample = gathered([step.rows for step in steps])
+        self.output = torch.cat(output)
+        self.index, self.s = torch.cat([step.index for step in steps]), torch.cat([step.s for step in steps])
+
+
+class ParallelRows:
+    """The gradient of first order by chunks of pairs; see :func:`~difflayers.ode._parallel.parallel_gradient`."""
+
+    most = 16_384  # pairs at once, which bounds the memory
+
+    def __init__(
+        self, problem: InitialValueProblem, tableau: Tableau, tensors: Sequence[Tensor], followed: Sequence[int]
+    ) -> None:
+        self.problem, self.tableau, self.tensors, self.followed = problem, tableau, tensors, followed
+        self.gradients: list[Tensor | None] = [None] * len(followed)
+
+    def run(self, mesh: RowMesh, cotangent: Tensor) -> Tensor:
+        """The cotangent of the start, for those of all outputs ``(samples, T, n)`` that steps have made."""
+        adjoint = torch.zeros_like(cotangent[:, 0])
+        for steps in self._chunks(mesh.steps):
+            adjoint = self._pull(Pairs(steps), adjoint, cotangent)
+        return adjoint
+
+    def _chunks(self, steps: Sequence[RowStep]) -> Iterator[list[RowStep]]:
+        chunk: list[RowStep] = []
+        total = 0
+        for step in reversed(steps):
+            if chunk and total + len(step.rows) > self.most:
+                yield chunk[::-1]
+                chunk, total = [], 0
+            chunk.append(step)
+            total += len(step.rows)
+        if chunk:
+            yield chunk[::-1]
+
+    def _pull(self, pairs: Pairs, adjoint: Tensor, cotangent: Tensor) -> Tensor:
+        n, y = cotangent.shape[2], pairs.y
+        known, h = coefficients(self.tableau, y.dtype, y.device), pairs.h.to(y.dtype)
+        inside = bool((pairs.s != 1).any())
+        stages = self.tableau.total if inside else self.tableau.stages
+        own, divided = self._divided(pairs.sample)
+        evaluate = self.problem.evaluator(own)
+        tapes = tapes_of(evaluate, known, self.tableau.c[:stages], pairs.t, h, y)
+        given = cotangent[pairs.sample[pairs.output], pairs.index]
+        ends = y.new_zeros(len(y), n, n + 1)
+        ends[:, :, :n] = torch.eye(n, dtype=y.dtype, device=y.device)
+        ends[:, :, n].index_add_(0, pairs.output, given)
+        weights = weights_at(self.tableau, pairs.s, y) if inside else known.b.expand(len(pairs.s), -1)
+        each, pulled, start = [], y.new_zeros(stages, ends.numel()), ends.clone()
+        for i in range(stages - 1, -1, -1):
+            outside = torch.zeros_like(ends)
+            if i < self.tableau.stages:
+                outside[:, :, :n] = known.b[i] * torch.eye(n, dtype=y.dtype, device=y.device)
+            outside[:, :, n].index_add_(0, pairs.output, weights[:, i, None] * given)
+            later = torch.mv(pulled[i + 1 :].t(), known.columns[i][: stages - 1 - i]).view_as(ends)
+            each.append(h[:, :, None] * (outside + later))
+            one = _jacobian(*tapes[i]).mT @ each[-1]
+            pulled[i] = one.reshape(-1)
+            start = start + one
+        after, adjoint = self._chain(pairs, start, adjoint)
+        for (leaf, slope), stage in zip(tapes, reversed(each), strict=True):
+            kappa = (stage[:, :, :n] @ after).squeeze(-1) + stage[:, :, n]
+            self._collect(slope, own, divided, kappa.view_as(leaf), pairs.sample)
+        return adjoint
+
+    def _chain(self, pairs: Pairs, start: Tensor, adjoint: Tensor) -> tuple[Tensor, Tensor]:
+        """The cotangent at the end of every pair, and that at the start of the first ones."""
+        n = adjoint.shape[1]
+        adjoint, ends = adjoint.clone(), []
+        products, offsets = start[:, :, :n], start[:, :, n:]
+        parts = [tensor.split(pairs.parts) for tensor in (products, offsets, pairs.sample)]
+        for product, offset, sample in reversed(list(zip(*parts, strict=True))):
+            ends.append(adjoint[sample].unsqueeze(-1))
+            adjoint[sample] = torch.baddbmm(offset, product, ends[-1]).squeeze(-1)
+        return torch.cat(ends[::-1]), adjoint
+
+    def _divided(self, sample: Tensor) -> tuple[list[Tensor], list[bool]]:
+        found = self.problem.divided(self.tensors, sample)
+        if found is None:
+            raise RuntimeError("a solve that was divided has parts")
+        own, divided = found
+        for i in self.followed:
+            if divided[i]:
+                own[i] = own[i].detach().requires_grad_()
+        return own, divided
+
+    def _collect(
+        self, slope: Tensor, own: Sequence[Tensor], divided: Sequence[bool], kappa: Tensor, sample: Tensor
+    ) -> None:
+        if not slope.requires_grad or not self.followed:
+            return
+        wanted = [own[i] for i in self.followed]
+        found: Sequence[Tensor | None] = torch.autograd.grad(slope, wanted, kappa, allow_unused=True)
+        for k, (i, gradient) in enumerate(zip(self.followed, found, strict=True)):
+            if gradient is None:
+                continue
+            total = self.gradients[k]
+            if total is None:
+                total = torch.zeros_like(self.tensors[i])
+            self.gradients[k] = total.index_add_(0, sample, gradient) if divided[i] else total.add_(gradient)
+
+
+def _jacobian(leaf: Tensor, slope: Tensor) -> Tensor:
+    n = leaf.shape[1]
+    if not slope.requires_grad:
+        return leaf.new_zeros(*leaf.shape, n)
+    rows = []
+    for unit in torch.eye(n, dtype=leaf.dtype, device=leaf.device):
+        one = unit.expand_as(leaf)
+        rows.append(torch.autograd.grad(slope, leaf, one, retain_graph=True, materialize_grads=True)[0])
+    return torch.stack(rows, dim=1)
