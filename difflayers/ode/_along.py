@@ -40,3 +40,8 @@ def along(
 def in_rows(t: Tensor, batch: torch.Size) -> Tensor:
     """Output times ``(samples, T)``, one row for every sample."""
     return t.expand(*batch, t.shape[-1]).reshape(batch.numel(), t.shape[-1])
+
+
+def by_row(value: Tensor) -> Tensor:
+    """Values ``(*batch, T, n)`` with one batch dimension."""
+    return value.reshape(value.shape[:-2].numel(), *value.shape[-2:])

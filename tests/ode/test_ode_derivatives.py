@@ -261,7 +261,7 @@ def test_no_tape_is_built():
 
 @pytest.mark.parametrize("batch_dims", [0, 1])
 def test_stages_in_parallel_are_chosen_where_they_are_faster(batch_dims, monkeypatch):
-    import difflayers.ode._checkpointed as module
+    import difflayers.ode._gradient as module
 
     calls, original = [], module.parallel_gradient
 
