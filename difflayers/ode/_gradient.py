@@ -14,7 +14,7 @@ from difflayers.ode._call import Call
 from difflayers.ode._mesh import Mesh, RowMesh
 from difflayers.ode._parallel import parallel_gradient
 from difflayers.ode._parallel_rows import ParallelRows
-from difflayers.ode._replay import pulled, retraced
+from difflayers.ode._replay import owed, pulled, retraced
 from difflayers.ode._row_replay import RowGradient, row_time_gradient
 
 # Numbers of the state, and of the propagators of one step, up to which stages in parallel were faster than steps.
@@ -52,10 +52,18 @@ def first_order(
     by_output = [one.reshape(native) for one in by_row(cotangent).unbind(1)]
     gradients: list[Tensor | None] = [None] * len(followed)
     adjoint = torch.zeros_like(by_output[0])
+    made = [[by_output[index] for index, _ in step.outputs] for step in mesh.steps]
+    # The slope at the end is the first one of the next step, unless that one starts from elsewhere.
+    shares = tableau.total == tableau.stages + 1 and not call.failed
+    number = len(mesh.steps)
     for segment in reversed(mesh.segments):
         for step, y in reversed(list(_states(tableau, evaluate, segment))):
-            own = [by_output[index] for index, _ in step.outputs]
-            adjoint = pulled(tableau, evaluate, step, y, adjoint, own, followed, gradients)
+            number -= 1
+            given = owed(tableau, mesh.steps[number - 1], made[number - 1]) if shares and number else None
+            handed_on = shares and number + 1 < len(mesh.steps)
+            adjoint = pulled(
+                tableau, evaluate, step, y, adjoint, made[number], followed, gradients, given, handed_on
+            )  # fmt: skip
     adjoint = adjoint + _equal_to_first(mesh, by_row(cotangent)).view(native)
     times = _time_gradient(evaluate, mesh, value, t, by_output, adjoint) if 1 in wanted else None
     return _in_order(wanted, adjoint + by_output[0], times, gradients, params)

@@ -68,25 +68,40 @@ def pulled(
     cotangents: Sequence[Tensor],
     wanted: Sequence[Tensor],
     gradients: list[Tensor | None],
+    given: Tensor | None = None,
+    handed_on: bool = False,
 ) -> Tensor:
     """The cotangent of a step's start, for ``adjoint`` of its end and cotangents of its outputs.
 
     ``gradients`` of what is ``wanted`` are added to. Every slope is a tape of its own, so that what is between them are
-    products in buffers instead of a graph.
+    products in buffers instead of a graph. The slope at the end of a step is the first one of the next: where outputs
+    need it, its cotangent may be ``handed_on`` to that step, which is ``given`` it.
     """
     inside = [(s, g) for (_, s), g in zip(step.outputs, cotangents, strict=True) if s != 1]
     for (_, s), cotangent in zip(step.outputs, cotangents, strict=True):
         adjoint = adjoint + cotangent if s == 1 else adjoint
-    stages = tableau.total if inside else tableau.stages
+    stages = tableau.total if inside and not handed_on else tableau.stages
     known = coefficients(tableau, y.dtype, y.device)
     tapes = tapes_of(evaluate, known, tableau.c[:stages], step.t, step.h, y)
     sources = torch.stack([adjoint, *[g for _, g in inside]]).flatten(1)
     weights = sources.new_zeros(len(sources), stages)
     weights[0, : tableau.stages] = known.b
     for row, (s, _) in zip(weights[1:], inside, strict=True):
-        row.copy_(torch.from_numpy(tableau.weights(s)))
+        row.copy_(torch.from_numpy(tableau.weights(s)[:stages]))
     direct = torch.mm(weights.t(), sources).view(stages, *y.shape).mul_(step.h)
+    if given is not None:
+        direct[0] += given
     return swept(tapes, known, direct, step.h, wanted, gradients).add_(sources.sum(0).view(y.shape))
+
+
+def owed(tableau: Tableau, step: Step, cotangents: Sequence[Tensor]) -> Tensor | None:
+    """The cotangent that the outputs of a step give to the slope at its end."""
+    total = None
+    for (_, s), cotangent in zip(step.outputs, cotangents, strict=True):
+        if s != 1:
+            part = cotangent * (step.h * float(tableau.weights(s)[-1]))
+            total = part if total is None else total + part
+    return total
 
 
 def swept(
