@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from difflayers.qp._scalar_root import bracketed_root, polished_root
+from difflayers.qp._scalar_root import scalar_root
 
 
 def power_cone(x: Tensor, alpha: Tensor) -> Tensor:
@@ -64,23 +64,20 @@ def _shares(logit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _root(first: Tensor, second: Tensor, size: Tensor, alpha: Tensor) -> Tensor:
-    """The logit of ``r / |z|``, which may be near zero or one; both sides of the equation as logarithms."""
+    """The logit of ``r / |z|``, which may be near zero or one."""
+    # Where the share has no more bits, and where its square still is a number.
+    edge = torch.full_like(size, -0.49 * math.log(torch.finfo(size.dtype).tiny))
+    return scalar_root(_equation, -edge, edge, torch.zeros_like(size), first, second, size, alpha)
 
-    def equation(logit: Tensor, first: Tensor, second: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        share, product = _shares(logit)
-        product = product * size.square()
-        value = size.log() + torch.nn.functional.logsigmoid(logit)
-        slope = 1 - share
-        for x, weight in ((first, alpha), (second, 1 - alpha)):
-            coordinate, root = _coordinate(x, weight, product)
-            value = value - weight * coordinate.log()
-            slope = slope - weight * weight * product * (1 - 2 * share) / (root * coordinate)
-        return value, slope
 
-    with torch.no_grad():
-        fixed = first.detach(), second.detach(), size.detach()
-        # Where the share has no more bits, and where its square still is a number.
-        widest = -0.49 * math.log(torch.finfo(size.dtype).tiny)
-        edge = torch.full_like(size, widest)
-        logit = bracketed_root(lambda logit: equation(logit, *fixed), -edge, edge)
-    return polished_root(lambda logit: equation(logit, first, second, size), logit)
+def _equation(logit: Tensor, first: Tensor, second: Tensor, size: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides as logarithms."""
+    share, product = _shares(logit)
+    product = product * size.square()
+    value = size.log() + torch.nn.functional.logsigmoid(logit)
+    slope = 1 - share
+    for x, weight in ((first, alpha), (second, 1 - alpha)):
+        coordinate, root = _coordinate(x, weight, product)
+        value = value - weight * coordinate.log()
+        slope = slope - weight * weight * product * (1 - 2 * share) / (root * coordinate)
+    return value, slope
