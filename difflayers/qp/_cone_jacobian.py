@@ -111,8 +111,9 @@ class ConeFactor:
         rows = matrix.abs().amax(-1)
         self.scale = torch.where(rows > 0, rows, 1).rsqrt()
         matrix = self.scale.unsqueeze(-1) * matrix * self.scale.unsqueeze(-2)
-        finite = matrix.isfinite().all(-1).all(-1)
-        matrix = torch.where(finite[:, None, None], matrix, 0)
+        finite = rows.isfinite().all(-1)
+        if not bool(finite.all()):
+            matrix = torch.where(finite[:, None, None], matrix, 0)
         self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(matrix)
         size = self.lu.diagonal(dim1=-2, dim2=-1).abs()
         self.degenerate = size.amin(-1) <= SINGULAR * size.amax(-1)

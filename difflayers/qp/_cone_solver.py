@@ -19,8 +19,8 @@ from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data, times, transposed
 
 CERTIFIED = 1e-6
-# A residual this small, relative to the data, can't be improved.
-EXACT = 1e-15
+# A residual this small, relative to the data, can't be improved; and one this small isn't worth a factorization.
+EXACT, NEAR = 1e-15, 1e-11
 
 
 class ConeAnswers(NamedTuple):
@@ -113,29 +113,27 @@ class ConeWork:
     def _polish(self, which: Tensor, w: Tensor) -> None:
         """Newton steps, each taken where it makes the residual smaller; one factorization serves them while it does."""
         data, n = self._part(which), self.data.layout.n
-        error, size = self._error(w, data), self.magnitude[which]
-        factor, fresh = ConeFactor(data.dense(), self.cones, w[:, n:]), True
+        dense, size = data.dense(), self.magnitude[which]
+        F = cone_optimality(w, data, self.cones)
+        error = _largest_entry(F)
+        factor, fresh = ConeFactor(dense, self.cones, w[:, n:]), True
         for _ in range(self.solver.rounds):
             if bool((error <= EXACT * size).all()):
                 break
-            F = cone_optimality(w, data, self.cones)
-            step = ConeInverse(factor, w, 1).apply(F)
-            smaller = self._error(w - step, data)
-            better, enough = smaller < error, smaller < 0.1 * error
-            w = torch.where(better.unsqueeze(-1), w - step, w)
-            error = torch.where(better, smaller, error)
-            if not bool(enough.any()):
-                if fresh:
-                    break
-                factor, fresh = ConeFactor(data.dense(), self.cones, w[:, n:]), True
-            else:
-                fresh = False
+            trial = w - ConeInverse(factor, w, 1).apply(F)
+            moved = cone_optimality(trial, data, self.cones)
+            smaller = _largest_entry(moved)
+            better = (smaller < error).unsqueeze(-1)
+            enough = bool((smaller < 0.1 * error).any())
+            w, F = torch.where(better, trial, w), torch.where(better, moved, F)
+            error = torch.minimum(smaller, error)
+            if not enough and (fresh or bool((error <= NEAR * size).all())):
+                break
+            if not enough:
+                factor = ConeFactor(dense, self.cones, w[:, n:])
+            fresh = not enough
         self.w[which], self.residual[which], self.degenerate[which] = w, error, factor.degenerate
         self.factor = factor if bool(which.all()) else None
-
-    def _error(self, w: Tensor, data: Data) -> Tensor:
-        error = cone_optimality(w, data, self.cones).abs().amax(-1)
-        return torch.where(error.isfinite(), error, torch.inf)
 
     def _judge(self, solved: Tensor) -> None:
         right = self.residual <= self.solver.accuracy * self.magnitude
@@ -171,6 +169,11 @@ class ConeWork:
         state = None if self.factor is None else ConeInverse(self.factor, value, batch_dims)
         stats = {name: stat.reshape(*batch, *stat.shape[1:]) for name, stat in stats.items()}
         return Solution(value, self.status.to(torch.int8).reshape(batch), stats, state)
+
+
+def _largest_entry(F: Tensor) -> Tensor:
+    error = F.abs().amax(-1)
+    return torch.where(error.isfinite(), error, torch.inf)
 
 
 def farkas(data: Data, cones: Cones, y: Tensor) -> Tensor:
