@@ -31,10 +31,11 @@ from difflayers._autodiff import (
     push,
     without_autocast,
 )
+from difflayers._linearized import Linearized, LinearSolve
 from difflayers._monitor import Role, watch
 from difflayers._problem import Problem, Residual, closure_names
 from difflayers._solution import OnFailure, Solution, check_status, has_answer
-from difflayers._solver import Solver, empty_solution, mask_failed
+from difflayers._solver import Solver, mask_failed
 from difflayers.errors import LinearSolveError, ProblemError
 
 
@@ -150,7 +151,7 @@ class _Call:
         ``residual``: the condition bound to these very parameters, where somebody has it already.
         """
         known = self.inverse if not in_functorch() and self.inverse is not None else None
-        problem = _Linearized(self.problem, role == "adjoint", residual, known)
+        problem = Linearized(self.problem, role == "adjoint", residual, known)
         linear_solver = self.linear_solver.held_to(self.solver.tolerance(value.dtype))
         return replace(
             self,
@@ -346,72 +347,6 @@ def _zero_failed_rows(gradient: Tensor, status: Tensor) -> Tensor:
     if not in_functorch() and bool(has_answer(status).all()):
         return gradient
     return torch.where(widen(has_answer(status), gradient) | gradient.isfinite(), gradient, 0)
-
-
-class _Affine(Residual):
-    """``x -> operator x + offset``."""
-
-    def __init__(self, operator: linear.LinearOperator, offset: Tensor, problem: Problem) -> None:
-        super().__init__(lambda x: operator.apply(x) + offset, problem)
-        self.operator, self.offset = operator, offset
-
-
-@dataclass(frozen=True)
-class _Linearized(Problem):
-    """``Jx + b = 0``, what holds of a tangent, or ``Jᵀx + b = 0``, of an adjoint; in parameters ``(b, z, *params)``."""
-
-    base: Problem
-    transpose: bool
-    residual: Residual | None = field(default=None, compare=False)
-    inverse: linear.LinearOperator | None = field(default=None, compare=False)
-
-    @property
-    def batch_dims(self) -> int:  # type: ignore[override]
-        return self.base.batch_dims
-
-    @property
-    def properties(self) -> frozenset[linear.Property]:  # type: ignore[override]
-        return self.base.properties
-
-    @property
-    def points(self) -> int:  # type: ignore[override]
-        return 2 + self.base.points
-
-    def bind(self, *params: Any) -> Residual:
-        offset, z, *rest = params
-        operator = self.base.jacobian(self.residual or self.base.bind(*rest), z)
-        if self.inverse is not None:
-            operator.inverse = self.inverse
-        return _Affine(operator.transpose if self.transpose else operator, offset, self)
-
-    def jacobian(self, residual: Residual, z: Tensor) -> linear.LinearOperator:
-        if not isinstance(residual, _Affine):
-            raise TypeError(f"expected the residual that bind() made, got {type(residual).__name__}")
-        return residual.operator
-
-    def vmapped(self, in_dims: tuple[int | None, ...], randomness: str) -> Problem:
-        # Inside, not around: the linearization then stays one per solve, not one per product.
-        return replace(self, base=self.base.vmapped(in_dims[2:], randomness), residual=None, inverse=None)
-
-
-@dataclass(frozen=True)
-class LinearSolve(Solver):
-    """Solves the adjoint and tangent systems of derivatives with a linear solver."""
-
-    linear_solver: linear.LinearSolver
-
-    def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
-        if init.numel() == 0:
-            return empty_solution(init, problem.batch_dims)
-        residual = problem.bind(*params)
-        operator = problem.jacobian(residual, init)
-        result = self.linear_solver.solve(self.linear_solver.factor(operator), -params[0])
-        stats = {"steps": result.steps}
-        if result.residual is not None:
-            stats["residual"] = result.residual
-        # A derivative that wasn't found contributes nothing, whatever on_failure says of it.
-        solved = widen(has_answer(result.status), result.value)
-        return Solution(torch.where(solved, result.value, 0), result.status, stats)
 
 
 def _closes_over(problem: Problem, params: Sequence[Tensor], init: Tensor) -> tuple[list[str] | None, Tensor | None]:
