@@ -41,7 +41,7 @@ class ConeConditions(Residual):
 
 @dataclass(frozen=True)
 class ConeProblem(Problem):
-    """``argmin ½xᵀPx + qᵀx`` subject to ``Cx + s = d``, ``s ∈ K``, as a root of :func:`cone_optimality`.
+    """``argmin ½xᵀPx + qᵀx`` subject to ``Cx + s = d``, ``s ∈ K``, as a root of ``cone_optimality``.
 
     The unknown is ``(x, v)``, with ``v`` multiplier minus slack (Busseti, Moursi, Boyd 2019, "Solution refinement at
     regular points of conic problems", Computational Optimization and Applications 74).
