@@ -236,3 +236,14 @@ def test_a_backend_that_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scs", None)
     with pytest.raises(MissingBackendError, match="pip install"):
         call(KINDS["all"], solver="scs")(*made(KINDS["all"])[0])
+
+
+def test_several_threads_factor_large_systems():
+    """Where torch's batched LU factorization fails."""
+    cones = Cones(second_order=(120,))
+    blocks, (x, _, _) = made(cones, samples=8)
+    torch.set_num_threads(2)
+    try:
+        contracts.assert_close(call(cones)(*blocks), x, 1e-9)
+    finally:
+        torch.set_num_threads(1)
