@@ -1,6 +1,7 @@
 """Initial value problems: ``dy/dt = f(t, y)``, solved and differentiated.
 
-The gradient is that of the discrete solution: accepted steps are kept, and run once more in ``backward``.
+The gradient is that of the discrete solution: accepted steps are kept, and run once more in ``backward``. Solvers that
+don't tell their steps get that of a second solve, backward in time.
 
 >>> import torch
 >>> from difflayers.ode import odeint
@@ -11,14 +12,18 @@ tensor([1.0000, 0.6065, 0.3679], dtype=torch.float64)
 
 from difflayers._solver import Solver
 from difflayers.ode._api import ODESolution, odeint
+from difflayers.ode._backsolve import BacksolveAdjoint
 from difflayers.ode._checkpointed import CheckpointedAdjoint
 from difflayers.ode._explicit import RK4, AdaptiveSolver, Bosh3, Dopri5, Dopri8, Euler, FixedStepSolver, Midpoint, Tsit5
 from difflayers.ode._layer import ODELayer
 from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._scipy_ivp import ScipyIVP
+from difflayers.ode._torchdiffeq import TorchDiffEq
 
 __all__ = [
     "RK4",
     "AdaptiveSolver",
+    "BacksolveAdjoint",
     "Bosh3",
     "CheckpointedAdjoint",
     "Dopri5",
@@ -29,6 +34,8 @@ __all__ = [
     "Midpoint",
     "ODELayer",
     "ODESolution",
+    "ScipyIVP",
+    "TorchDiffEq",
     "Tsit5",
     "odeint",
 ]
@@ -40,5 +47,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "euler": Euler,
     "midpoint": Midpoint,
     "rk4": RK4,
+    "scipy": ScipyIVP,
+    "torchdiffeq": TorchDiffEq,
     "tsit5": Tsit5,
 }

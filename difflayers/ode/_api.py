@@ -18,7 +18,9 @@ from difflayers._problem import check_independence
 from difflayers._solution import OnFailure, Solution, to_numpy
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
+from difflayers.ode._backsolve import BacksolveAdjoint
 from difflayers.ode._checkpointed import CheckpointedAdjoint
+from difflayers.ode._explicit import ExplicitSolver
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._state import State
 
@@ -72,7 +74,8 @@ def odeint(
         args: further arguments of ``fn``; pytrees of tensors or arrays.
         batch_dims: leading dimensions of ``y0`` that index independent systems; 0 is one system of any shape.
         solver: a solver object, or the name of one with its defaults.
-        adjoint: the derivative rule; None is :class:`CheckpointedAdjoint`.
+        adjoint: the derivative rule; None is :class:`CheckpointedAdjoint` for solvers whose steps are known, and
+            :class:`BacksolveAdjoint` for others.
         event: not there yet.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``: a sample that fails is NaN from there on.
 
@@ -118,14 +121,25 @@ def integrate(
     arguments, tensors = Arguments.of(fn, args)
     check_devices(list(tensors), start)
     problem = InitialValueProblem(fn, state, arguments, Autocast.current(start.device))
-    chosen, rule = resolve(solver, available_solvers("ode")), adjoint or CheckpointedAdjoint()
-    if reason := chosen.supports(problem) or rule.supports(problem, chosen):
-        raise TypeError(f"{chosen!r} and {rule!r} can't serve here: {reason}")
+    chosen, rule = paired(problem, solver, adjoint)
     with without_autocast(start.device):
         _check_promise(problem, start, times, tensors, checked)
         found = rule.apply(problem, chosen, (start, times, *tensors), start.detach(), on_failure)
     solution = _as_given(found, state, times)
     return solution.numpy() if numpy else solution
+
+
+def paired(problem: InitialValueProblem, solver: str | Solver, adjoint: Adjoint | None) -> tuple[Solver, Adjoint]:
+    """The solver that was meant, and the derivative rule for it.
+
+    Raises:
+        TypeError: one of them can't serve; the message says why.
+    """
+    chosen = resolve(solver, available_solvers("ode"))
+    rule = adjoint or (CheckpointedAdjoint() if isinstance(chosen, ExplicitSolver) else BacksolveAdjoint())
+    if reason := chosen.supports(problem) or rule.supports(problem, chosen):
+        raise TypeError(f"{chosen!r} and {rule!r} can't serve here: {reason}")
+    return chosen, rule
 
 
 def output_times(t: Any, state: State, like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ class JointRun:
 
     window = 500  # trials after which progress is judged
     hopeless = 100.0  # times max_steps that it would take at that rate
+    control: Callable[[ExplicitSolver, Tensor, torch.Size], Controller] = Controller
 
     def __init__(
         self, solver: ExplicitSolver, evaluate: Evaluate, times: list[float], y: Tensor, samples: int, mesh: Mesh
@@ -83,7 +85,7 @@ class JointRun:
 
     def _adaptive(self, slope: Tensor) -> None:
         solver = self.solver
-        control = self.controller = Controller(solver, self.y, self.rows)
+        control = self.controller = self.control(solver, self.y, self.rows)
         h = first_step(control, self.stages, self.t, self.y, slope, self.span)
         mark = self.t
         while True:

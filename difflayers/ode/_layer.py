@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from difflayers._adjoint import Adjoint
-from difflayers._areas import available_solvers, resolve
+from difflayers._arguments import Arguments
+from difflayers._autodiff import Autocast
 from difflayers._solution import OnFailure
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
-from difflayers.ode._api import ODESolution, integrate
-from difflayers.ode._checkpointed import CheckpointedAdjoint
+from difflayers.ode._api import ODESolution, integrate, paired
+from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._state import State
 
 
 class ODELayer(nn.Module):
@@ -24,7 +26,7 @@ class ODELayer(nn.Module):
         fn: the right-hand side, called as ``fn(t, y, *args)``; its parameters are the layer's.
         t: output times, as in :func:`odeint`; a buffer that isn't saved, so that it moves with the module.
         solver: a solver object, or the name of one with its defaults.
-        adjoint: the derivative rule; None is :class:`CheckpointedAdjoint`.
+        adjoint: the derivative rule; None is what suits the solver, as in :func:`odeint`.
         batch_dims: leading dimensions of ``y0`` that index independent samples.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``: a sample that fails is NaN from there on.
 
@@ -57,8 +59,9 @@ class ODELayer(nn.Module):
             raise ProblemError(f"fn must be an nn.Module, got {type(fn).__name__}; for a function use odeint()")
         self.fn = fn
         self.register_buffer("t", torch.as_tensor(t), persistent=False)
-        self.solver = resolve(solver, available_solvers("ode"))
-        self.adjoint = adjoint or CheckpointedAdjoint()
+        state, (arguments, _) = State.of(torch.zeros(()), 0), Arguments.of(fn, ())
+        anything = InitialValueProblem(fn, state, arguments, Autocast.current(self.t.device))
+        self.solver, self.adjoint = paired(anything, solver, adjoint)
         self.batch_dims = batch_dims
         self.on_failure = on_failure
         self._checked: set[Any] = set()

@@ -51,7 +51,7 @@ class State:
         """The rows of a tree; ``samples`` where it isn't that of the whole batch."""
         rows = self.samples if samples is None else samples
         parts = [
-            (torch.view_as_real(leaf.resolve_conj()) if z else leaf).reshape(rows, size)
+            (_pairs(leaf, len(self.shapes) == 1) if z else leaf).reshape(rows, size)
             for leaf, z, size in zip(pytree.tree_leaves(tree), self.complex, self.sizes, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -62,7 +62,7 @@ class State:
             lead = self.batch if rows.shape[0] == self.samples else rows.shape[:1]
         parts = [rows] if len(self.shapes) == 1 else rows.split(self.sizes, dim=-1)
         leaves = [
-            torch.view_as_complex(part.reshape(lead + shape + (2,))) if z else part.reshape(lead + shape)
+            _complex(part.reshape(lead + shape + (2,))) if z else part.reshape(lead + shape)
             for part, shape, z in zip(parts, self.shapes, self.complex, strict=True)
         ]
         return pytree.tree_unflatten(leaves, self.structure)
@@ -76,6 +76,17 @@ class State:
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of a complex number, or of a real one."""
     return torch.empty(0, dtype=dtype).real.dtype if dtype.is_complex else dtype
+
+
+def _pairs(leaf: Tensor, alone: bool) -> Tensor:
+    # The gradient of a view would be one that starts at odd places, too.
+    return torch.view_as_real(leaf.resolve_conj()) if alone else torch.stack([leaf.real, leaf.imag], dim=-1)
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    # Behind another leaf, pairs can start at odd places, which a view doesn't allow.
+    aligned = pairs.stride()[-1] == 1 and not any(s % 2 for s in (pairs.storage_offset(), *pairs.stride()[:-1]))
+    return torch.view_as_complex(pairs) if aligned else torch.complex(*pairs.unbind(-1))
 
 
 def _check(leaves: list[Any], batch_dims: int) -> None:

@@ -350,4 +350,15 @@ def test_autocast():
 
 
 def test_names():
-    assert set(ode.SOLVERS) == {"bosh3", "dopri5", "dopri8", "euler", "midpoint", "rk4", "tsit5"}
+    names = {"bosh3", "dopri5", "dopri8", "euler", "midpoint", "rk4", "tsit5", "scipy", "torchdiffeq"}
+    assert names <= set(ode.SOLVERS)
+
+
+def test_complex_numbers_behind_an_odd_number_of_reals():
+    y0 = {"x": torch.randn(2, 3, requires_grad=True), "z": torch.randn(2, dtype=torch.complex128, requires_grad=True)}
+    for batch_dims in (0, 1):
+        ys = odeint(lambda t, y: {"x": -y["x"], "z": 1j * y["z"]}, y0, [0.0, 1.0], batch_dims=batch_dims).ys
+        torch.testing.assert_close(ys["z"][-1], y0["z"] * complex(math.cos(1), math.sin(1)), rtol=1e-5, atol=1e-5)
+        x, z = torch.autograd.grad(ys["x"][-1].sum() + ys["z"][-1].real.sum(), (y0["x"], y0["z"]))
+        torch.testing.assert_close(x, torch.full_like(x, math.exp(-1)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(z, torch.full_like(z, complex(math.cos(1), -math.sin(1))), rtol=1e-5, atol=1e-5)
