@@ -14,6 +14,7 @@ from difflayers._problem import Form, Problem
 from difflayers._solution import Solution, Status
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError, UnknownNameError
+from difflayers.ode._control import tolerances
 from difflayers.ode._host import Field, Outcome, TooManyEvaluations, fields
 from difflayers.ode._problem import InitialValueProblem
 
@@ -36,8 +37,8 @@ class TorchDiffEq(Solver):
         method: ``"dopri8"``, ``"dopri5"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``; of fixed step
             ``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``, ``"explicit_adams"``,
             ``"implicit_adams"`` (also ``"fixed_adams"``); or ``"scipy_solver"``, which is LSODA.
-        rtol: relative tolerance of one step.
-        atol: absolute tolerance of one step.
+        rtol: relative tolerance of one step, raised to what rounding allows.
+        atol: absolute tolerance of one step, likewise.
         step_size: the step of a method of fixed step; None makes one step between two output times.
         max_evaluations: evaluations of ``fn`` before a solve is ``MAX_STEPS``.
     """
@@ -98,6 +99,7 @@ class TorchDiffEq(Solver):
         """The states at these times and how it went; only the start where it broke down."""
         import torchdiffeq
 
+        rtol, atol = tolerances(self.rtol, self.atol, y0)
         options: dict[str, Any] = {} if self.step_size is None else {"step_size": self.step_size, "interp": "cubic"}
         if self.method in _ADAPTIVE:
             # Its interpolants are of order 4 at most, and for dopri8 and bosh3 far less accurate than the steps.
@@ -105,9 +107,7 @@ class TorchDiffEq(Solver):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                made = torchdiffeq.odeint(
-                    field, y0, times, rtol=self.rtol, atol=self.atol, method=self.method, options=options
-                )
+                made = torchdiffeq.odeint(field, y0, times, rtol=rtol, atol=atol, method=self.method, options=options)
             except TooManyEvaluations:
                 return y0[None], Status.MAX_STEPS
             except (AssertionError, ArithmeticError, ValueError, RuntimeError) as error:
