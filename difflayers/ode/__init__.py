@@ -18,6 +18,7 @@ from difflayers.ode._explicit import RK4, AdaptiveSolver, Bosh3, Dopri5, Dopri8,
 from difflayers.ode._layer import ODELayer
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._scipy_ivp import ScipyIVP
+from difflayers.ode._stiff import Rodas
 from difflayers.ode._torchdiffeq import TorchDiffEq
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Midpoint",
     "ODELayer",
     "ODESolution",
+    "Rodas",
     "ScipyIVP",
     "TorchDiffEq",
     "Tsit5",
@@ -49,5 +51,6 @@ SOLVERS: dict[str, type[Solver]] = {
     "rk4": RK4,
     "scipy": ScipyIVP,
     "torchdiffeq": TorchDiffEq,
+    "rodas": Rodas,
     "tsit5": Tsit5,
 }

@@ -65,6 +65,8 @@ class CheckpointedAdjoint(Adjoint):
     def supports(self, problem: Problem, solver: Solver) -> str | None:
         if problem.form != "ode" or not isinstance(solver, ExplicitSolver):
             return f"it runs steps of the solvers of difflayers.ode once more, which {type(solver).__name__} isn't"
+        if self.stage_parallel and not solver.explicit:
+            return "stages in parallel are for explicit methods; leave stage_parallel=None"
         return None
 
     def apply(
@@ -74,7 +76,7 @@ class CheckpointedAdjoint(Adjoint):
             raise TypeError(f"{self!r} can't serve here: {self.supports(problem, solver)}")
         wanted = torch.is_grad_enabled() and (in_functorch() or any(p.requires_grad for p in params))
         kept = self.states if wanted else 0
-        call = Call(problem, solver, on_failure, kept, in_functorch(), wanted and self._parallel(params))
+        call = Call(problem, solver, on_failure, kept, in_functorch(), wanted and self._parallel(solver, params))
         call.stage_parallel = self.stage_parallel
         closes_over = _looks_ahead(call, params)
         value, status, *stats = _solve(call, *params)
@@ -86,9 +88,9 @@ class CheckpointedAdjoint(Adjoint):
             solution = replace(solution, value=torch.where(_there(value, solution.stats["outputs"]), run, torch.nan))
         return solution
 
-    def _parallel(self, params: Sequence[Tensor]) -> bool:
+    def _parallel(self, solver: ExplicitSolver, params: Sequence[Tensor]) -> bool:
         """Whether slopes are kept for it."""
-        small = self.states is None and keeps_stages(params[0])
+        small = solver.explicit and self.states is None and keeps_stages(params[0])
         return small if self.stage_parallel is None else self.stage_parallel
 
 
@@ -98,7 +100,13 @@ class _Integrate(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *params: Tensor) -> tuple[Tensor, ...]:
         solution = call.run(params)
-        return solution.value, solution.status, *solution.stats.values(), *call.columns(params[0].shape[:-1])
+        # Forward mode wants the layout of the tangent.
+        return (
+            solution.value.contiguous(),
+            solution.status,
+            *solution.stats.values(),
+            *call.columns(params[0].shape[:-1]),
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from difflayers.ode._stages import Stages, TracedStages, stage_time
+from difflayers.ode._rosenbrock import AnyStages
+from difflayers.ode._stages import stage_time
 
 if TYPE_CHECKING:
     from difflayers.ode._explicit import ExplicitSolver
@@ -158,9 +159,7 @@ def tolerances(rtol: float, atol: float, y: Tensor) -> tuple[float, float]:
     return max(rtol, 16 * eps), max(atol, float(largest) * eps)
 
 
-def first_step(
-    control: Controller, stages: Stages | TracedStages, t: float, y: Tensor, slope: Tensor, span: float
-) -> float:
+def first_step(control: Controller, stages: AnyStages, t: float, y: Tensor, slope: Tensor, span: float) -> float:
     """The first step by Hairer, Nørsett, Wanner 1993, section II.4: one more evaluation; signed like ``span``."""
     y, slope = y.detach(), slope.detach()
     scale = control.scale(y)
@@ -181,7 +180,7 @@ def first_step(
     return sign * min(100 * h, best, abs(span))
 
 
-def first_steps(control: RowController, stages: Stages, t: Tensor, y: Tensor, slope: Tensor, span: Tensor) -> Tensor:
+def first_steps(control: RowController, stages: AnyStages, t: Tensor, y: Tensor, slope: Tensor, span: Tensor) -> Tensor:
     """:func:`first_step` of every sample, a column."""
     scale = control.scale(y)
     size, speed = control.norm(y, scale), control.norm(slope, scale)

@@ -37,6 +37,7 @@ class ExplicitSolver(Solver):
     traceable: ClassVar[bool] = True
     tableau: ClassVar[Tableau]
     adaptive: ClassVar[bool] = True
+    explicit: ClassVar[bool] = True
     rtol: float = 0.0
     atol: float = 0.0
     per_sample: bool = False
@@ -79,11 +80,17 @@ class ExplicitSolver(Solver):
         tracked = torch.is_grad_enabled() and is_tracked(t)
         rows = y.reshape(problem.samples, y.shape[-1])
         start = moved(evaluate, times[0], rows, t[0], start=True) if tracked else rows
-        solution = JointRun(self, evaluate, times, start.reshape(problem.native), problem.samples, mesh).run(slope)
+        solution = JointRun(self, evaluate, times, start.reshape(self.layout(problem)), problem.samples, mesh).run(
+            slope
+        )
         if tracked:
             own = [moved(evaluate, times[i], solution.value[:, i], t[i]) for i in range(1, len(times))]
             solution = replace(solution, value=torch.stack([rows, *own], dim=1))
         return _shaped(solution, y.shape[:-1])
+
+    def layout(self, problem: InitialValueProblem) -> torch.Size:
+        """The shape in which states of the whole batch go through a step that all make together."""
+        return problem.native
 
     def steps_between(self, length: float) -> int:
         """How many equal steps a method of fixed step makes between two output times."""

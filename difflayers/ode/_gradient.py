@@ -48,7 +48,7 @@ def first_order(
         by_output = list(by_row(cotangent).unbind(1))
         times = _time_gradient(evaluate, mesh, value, t, by_output, start) if 1 in wanted else None
         return _in_order(wanted, start + by_output[0], times, others, params)
-    native = call.problem.native
+    native = call.solver.layout(call.problem)
     by_output = [one.reshape(native) for one in by_row(cotangent).unbind(1)]
     gradients: list[Tensor | None] = [None] * len(followed)
     adjoint = torch.zeros_like(by_output[0])
@@ -75,7 +75,7 @@ def _by_rows(
     """The gradient where samples have their own steps: in parallel, or step by step."""
     tableau, n = call.solver.tableau, cotangent.shape[-1]
     mean = sum(len(step.rows) for step in mesh.steps) / max(len(mesh.steps), 1)
-    small = mean * n * (n + 1) <= _SMALL_ROWS and call.states is None
+    small = mean * n * (n + 1) <= _SMALL_ROWS and call.states is None and call.solver.explicit
     wished = call.stage_parallel is True or (call.stage_parallel is None and small)
     if wished and mesh.divisible and not call.failed and all(step.y is not None for step in mesh.steps):
         pairs = ParallelRows(call.problem, tableau, tensors, followed)

@@ -13,7 +13,7 @@ from difflayers._solution import Solution, Status
 from difflayers.ode._control import Controller, first_step
 from difflayers.ode._mesh import Mesh, Step
 from difflayers.ode._problem import Evaluate
-from difflayers.ode._stages import Stages, TracedStages
+from difflayers.ode._rosenbrock import stages_of, traced_stages_of
 
 if TYPE_CHECKING:
     from difflayers.ode._explicit import ExplicitSolver
@@ -33,7 +33,7 @@ class JointRun:
         self.y = y
         mesh.times = times
         traced = torch.is_grad_enabled()
-        self.stages = (TracedStages if traced else Stages)(solver.tableau, evaluate, y)
+        self.stages = (traced_stages_of if traced else stages_of)(solver.tableau, evaluate, y, len(times) > 2)
         self.t, self.end = times[0], times[-1]
         self.span = self.end - self.t
         self.values = [y]
@@ -135,7 +135,7 @@ class JointRun:
             return True
         if self.controller is not None:
             self.controller.moved()
-        self.stages.advance()
+        self.stages.advance(self.t, self.y)
         return False
 
     def _record(self, h: float, outputs: tuple[tuple[int, float], ...]) -> None:

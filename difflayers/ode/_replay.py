@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from difflayers.ode._mesh import Mesh, Step
-from difflayers.ode._stages import Evaluate, Time, TracedStages, combined, mixed, stage_time
+from difflayers.ode._rodas5p import Rosenbrock
+from difflayers.ode._rosenbrock import swept_rosenbrock, traced_stages_of
+from difflayers.ode._stages import Evaluate, Time, combined, mixed, stage_time
 from difflayers.ode._tableaus import RK4, Coefficients, Tableau, coefficients
 
 
@@ -36,7 +38,7 @@ def replay(tableau: Tableau, evaluate: Evaluate, mesh: Mesh, y0: Tensor, t: Tens
 
 def retraced(tableau: Tableau, evaluate: Evaluate, step: Step, y: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The state after a step, and its outputs."""
-    stages = TracedStages(tableau, evaluate, y)
+    stages = traced_stages_of(tableau, evaluate, y)
     stages.start(step.t, y)
     end = stages.advanced(step.t, y, step.h)
     outputs = [end if s == 1 else stages.inside(step.t, y, step.h, s) for _, s in step.outputs]
@@ -82,7 +84,6 @@ def pulled(
         adjoint = adjoint + cotangent if s == 1 else adjoint
     stages = tableau.total if inside and not handed_on else tableau.stages
     known = coefficients(tableau, y.dtype, y.device)
-    tapes = tapes_of(evaluate, known, tableau.c[:stages], step.t, step.h, y)
     sources = torch.stack([adjoint, *[g for _, g in inside]]).flatten(1)
     weights = sources.new_zeros(len(sources), stages)
     weights[0, : tableau.stages] = known.b
@@ -91,7 +92,8 @@ def pulled(
     direct = torch.mm(weights.t(), sources).view(stages, *y.shape).mul_(step.h)
     if given is not None:
         direct[0] += given
-    return swept(tapes, known, direct, step.h, wanted, gradients).add_(sources.sum(0).view(y.shape))
+    start = swept(tableau, evaluate, step.t, step.h, y, direct, wanted, gradients)
+    return start.add_(sources.sum(0).view(y.shape))
 
 
 def owed(tableau: Tableau, step: Step, cotangents: Sequence[Tensor]) -> Tensor | None:
@@ -105,14 +107,20 @@ def owed(tableau: Tableau, step: Step, cotangents: Sequence[Tensor]) -> Tensor |
 
 
 def swept(
-    tapes: Sequence[tuple[Tensor, Tensor]],
-    known: Coefficients,
-    direct: Tensor,
+    tableau: Tableau,
+    evaluate: Evaluate,
+    t: Time,
     h: Time,
+    y: Tensor,
+    direct: Tensor,
     wanted: Sequence[Tensor],
     gradients: list[Tensor | None],
 ) -> Tensor:
     """What the stages of a step give to its start, for the cotangents that slopes have from outside, ``direct``."""
+    if isinstance(tableau, Rosenbrock):
+        return swept_rosenbrock(tableau, evaluate, t, h, y, direct, wanted, gradients)
+    known = coefficients(tableau, y.dtype, y.device)
+    tapes = tapes_of(evaluate, known, tableau.c[: len(direct)], t, h, y)
     back = torch.empty_like(direct)
     for i in range(len(tapes) - 1, -1, -1):
         leaf, slope = tapes[i]

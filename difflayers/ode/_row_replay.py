@@ -9,8 +9,9 @@ from torch import Tensor
 
 from difflayers.ode._mesh import RowMesh, RowStep
 from difflayers.ode._problem import InitialValueProblem
-from difflayers.ode._replay import moved, swept, tapes_of
-from difflayers.ode._stages import Evaluate, TracedStages, stage_time, weights_at
+from difflayers.ode._replay import moved, swept
+from difflayers.ode._rosenbrock import traced_stages_of
+from difflayers.ode._stages import Evaluate, stage_time, weights_at
 from difflayers.ode._tableaus import Tableau, coefficients
 
 
@@ -31,7 +32,7 @@ def replay_rows(
     y = start = y0 if t is None else moved(evaluate, times[:, :1], y0, t[:, :1], start=True)
     starts, ends, slopes = [], [], []
     for k in range(begin.shape[1]):
-        stages = TracedStages(tableau, evaluate, y)
+        stages = traced_stages_of(tableau, evaluate, y)
         own, length = begin[:, k : k + 1], h[:, k : k + 1]
         stages.start(own, y)
         end = stages.advanced(own, y, length)
@@ -93,7 +94,7 @@ class RowGradient:
                 yield step, y
                 if step is not segment[-1]:
                     self._choose(step.rows)
-                    stages = TracedStages(self.tableau, self._evaluate, y)
+                    stages = traced_stages_of(self.tableau, self._evaluate, y)
                     stages.start(step.t, y)
                     y = stages.advanced(step.t, y, step.h)
 
@@ -128,10 +129,9 @@ class RowGradient:
             weights = weights_at(self.tableau, step.s[~at_end], y)
             direct.index_add_(1, row, weights.t()[:, :, None] * (h[row] * g))
             adjoint = adjoint.index_add(0, row, g)
-        tapes = tapes_of(self._evaluate, known, self.tableau.c[:stages], step.t, h, y)
         wanted = [self._own[i] for i in self.followed]
         found: list[Tensor | None] = [None] * len(wanted)
-        adjoint = adjoint + swept(tapes, known, direct, h, wanted, found)
+        adjoint = adjoint + swept(self.tableau, self._evaluate, step.t, h, y, direct, wanted, found)
         for k, gradient in enumerate(found):
             self._add(k, gradient)
         return adjoint

@@ -12,7 +12,7 @@ from difflayers._solution import Solution, Status
 from difflayers.ode._control import RowController, first_steps
 from difflayers.ode._mesh import RowMesh, RowStep
 from difflayers.ode._problem import Evaluate
-from difflayers.ode._stages import Stages
+from difflayers.ode._rosenbrock import stages_of
 
 if TYPE_CHECKING:
     from difflayers.ode._explicit import ExplicitSolver
@@ -37,7 +37,7 @@ class RowRun:
         self.samples, self.count = times.shape
         self.times, self.rows = times, torch.arange(self.samples, device=y.device)
         mesh.times = times
-        self.stages = Stages(solver.tableau, evaluate, y)
+        self.stages = stages_of(solver.tableau, evaluate, y, self.count > 2)
         self.t, self.end = times[:, :1], times[:, -1:]
         self.span = self.end - self.t
         self.values = y.unsqueeze(1).repeat(1, self.count, 1)
@@ -147,7 +147,7 @@ class RowRun:
         self.mesh.add(RowStep(self.t, h, self.y, self.rows, kept, row, index, s))
         self.y = torch.where(wide, y, self.y)
         self.t = torch.where(wide, end, self.t)
-        self.stages.advance_where(wide)
+        self.stages.advance_where(wide, self.t, self.y)
         self.going = self.going & (self.next < self.count)
         self.made[self.rows] = self.next
         self.time[self.rows] = self.t.squeeze(1)
@@ -181,12 +181,12 @@ class RowRun:
         evaluate = self.part(rows)
         if evaluate is None:
             return None
-        slope, y, t = self.stages.slopes[0][chosen], self.y[chosen], self.t[chosen]
+        slope, y, t = self.stages.first[chosen], self.y[chosen], self.t[chosen]
         if not self.divided and not _agrees(evaluate, t, y, slope):
             self.part = _indivisible
             return None
         self.divided = self.mesh.divisible = True
-        self.stages = self.stages.divided(evaluate, y, slope)
+        self.stages = self.stages.divided(evaluate, chosen)
         self.kept = chosen if self.kept is None else self.kept[chosen]
         self.rows, self.y, self.t, self.next, self.going = rows, y, t, self.next[chosen], self.going[chosen]
         self.times, self.end, self.span = self.times[chosen], self.end[chosen], self.span[chosen]

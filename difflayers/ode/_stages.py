@@ -82,11 +82,17 @@ class Stages:
             powers.append(powers[-1] * s)
         return torch.mv(self._interpolant, self._interpolant.new_tensor(powers))
 
-    def advance(self) -> None:
-        """The last slope becomes the first one of the next step."""
+    @property
+    def first(self) -> Tensor:
+        """The slope at the start of the step."""
+        slope: Tensor = self._slots[0]
+        return slope
+
+    def advance(self, t: Time, y: Tensor) -> None:
+        """The last slope becomes the first one of the next step, from ``y`` at ``t``."""
         self._slots[0].copy_(self._slots[self.tableau.stages])
 
-    def advance_where(self, moved: Tensor) -> None:
+    def advance_where(self, moved: Tensor, t: Tensor, y: Tensor) -> None:
         """The same for the samples that moved, a column."""
         self._slots[0].copy_(torch.where(moved, self._slots[self.tableau.stages], self._slots[0]))
 
@@ -98,9 +104,10 @@ class Stages:
         own = torch.bmm(weights.unsqueeze(1), self.slopes[:, row].transpose(0, 1)).squeeze(1)
         return torch.addcmul(y[row], h[row].to(y.dtype), own)
 
-    def divided(self, evaluate: Evaluate, y: Tensor, slope: Tensor) -> Stages:
-        """Buffers for some of the samples, which have these first slopes."""
-        part = Stages(self.tableau, evaluate, y)
+    def divided(self, evaluate: Evaluate, chosen: Tensor) -> Stages:
+        """Buffers for some of the samples, with their first slopes."""
+        slope = self.first[chosen]
+        part = Stages(self.tableau, evaluate, slope)
         part._slots[0].copy_(slope)
         part.evaluations = self.evaluations
         return part
@@ -182,8 +189,8 @@ class TracedStages:
         self.complete(t, y, h)
         return mixed(y, self._slopes, list(self.tableau.weights(s)), h)
 
-    def advance(self) -> None:
-        """The last slope becomes the first one of the next step."""
+    def advance(self, t: Time, y: Tensor) -> None:
+        """The last slope becomes the first one of the next step, from ``y`` at ``t``."""
         self._slopes = [self._slopes[self.tableau.stages]]
 
     def _fill(self, t: Time, y: Tensor, h: Time, end: int) -> None:

@@ -88,7 +88,7 @@ def coefficients(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> 
         return Coefficients(
             tuple(tensor(square[i, :i]) for i in range(size)),
             tuple(tensor(square[j + 1 :, j]) for j in range(size)),
-            tensor(square[tableau.stages, : tableau.stages]),
+            tensor(list(tableau.b)),
             tensor(tableau.error) if tableau.error else None,
             tensor(tableau.interpolant),
         )

@@ -350,7 +350,7 @@ def test_autocast():
 
 
 def test_names():
-    names = {"bosh3", "dopri5", "dopri8", "euler", "midpoint", "rk4", "tsit5", "scipy", "torchdiffeq"}
+    names = {"bosh3", "dopri5", "dopri8", "euler", "midpoint", "rk4", "rodas", "tsit5", "scipy", "torchdiffeq"}
     assert names <= set(ode.SOLVERS)
 
 
