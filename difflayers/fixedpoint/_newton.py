@@ -16,7 +16,7 @@ from difflayers.fixedpoint._descent import gradient_norm, objective, search_stat
 from difflayers.fixedpoint._line_search import LineSearch
 from difflayers.fixedpoint._minimize import Gradient
 from difflayers.linear import LinearOperator
-from difflayers.linear._direct import FactoredInverse, pivot_status
+from difflayers.linear._direct import FactoredInverse, lu_factor, pivot_status
 
 
 class Factors(NamedTuple):
@@ -101,7 +101,7 @@ class Newton(IterativeSolver):
         """New factors where they are due."""
         if not bool(due.any()):
             return state
-        lu, pivots, _ = torch.linalg.lu_factor_ex(at_least_float32(residual.jacobian(z).dense))
+        lu, pivots = lu_factor(at_least_float32(residual.jacobian(z).dense))
         if not bool(due.all()):
             lu = torch.where(due[:, None, None], lu, state.lu)
             pivots = torch.where(due[:, None], pivots, state.pivots)

@@ -15,6 +15,7 @@ from difflayers._problem import Problem, Residual
 from difflayers._solver import IterativeSolver
 from difflayers.errors import ProblemError
 from difflayers.fixedpoint._problem import FixedPointProblem
+from difflayers.linear._direct import lu_factor
 
 _TRIALS = 12
 
@@ -45,8 +46,7 @@ class Blocks(ABC):
         """An LU factorization of ``I + step · (I - W)``."""
         blocks = self.complement()
         eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-        lu, pivots, _ = torch.linalg.lu_factor_ex(eye + step * blocks)
-        return lu, pivots
+        return lu_factor(eye + step * blocks)
 
     def solve(self, lu: Tensor, pivots: Tensor, v: Tensor) -> Tensor:
         """``(I + step · (I - W))⁻¹ v`` from that factorization."""

@@ -12,6 +12,8 @@ from difflayers._solution import Status
 from difflayers.linear._base import Factor, LinearSolution, LinearSolver, shaped
 from difflayers.linear._operator import LinearOperator
 
+_SAFE = 64  # rows of a matrix that batched LU can be trusted with, see lu_factor
+
 
 @dataclass(frozen=True)
 class LU(LinearSolver):
@@ -22,7 +24,7 @@ class LU(LinearSolver):
     """
 
     def factor(self, operator: LinearOperator) -> Factor:
-        return Factor(operator, torch.linalg.lu_factor_ex(at_least_float32(operator.dense))[:2])
+        return Factor(operator, lu_factor(at_least_float32(operator.dense)))
 
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
         lu, pivots = factor.data
@@ -108,6 +110,20 @@ class LowRankInverse(LinearOperator):
         row = x.reshape(left.shape[0], 1, left.shape[2])
         product: Tensor = torch.baddbmm(row, torch.bmm(row, right.mT), left, beta=-1)
         return product.reshape(x.shape)
+
+
+def lu_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """LU factors and pivots, ``(*batch, n, n)`` and ``(*batch, n)``; singular ones are for the caller to see."""
+    crowded = matrix.dim() > 2 and matrix.shape[0] > 1 and matrix.shape[-1] > _SAFE and torch.get_num_threads() > 1
+    if not crowded or matrix.device.type != "cpu":
+        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+        return lu, pivots
+    # One by one: in torch 2.13 with MKL and several threads, a batch of more than about a hundred rows each gets
+    # pivots that are no rows ("Parameter 6 was incorrect on entry to DLASWP"), and may never end.
+    rows = matrix.reshape(-1, *matrix.shape[-2:])
+    parts = [torch.linalg.lu_factor_ex(one)[:2] for one in rows]
+    lu, pivots = (torch.stack(kind).reshape(*matrix.shape[:-2], *kind[0].shape) for kind in zip(*parts, strict=True))
+    return lu, pivots
 
 
 def pivot_status(lu: Tensor) -> Tensor:

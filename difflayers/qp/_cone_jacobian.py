@@ -10,6 +10,7 @@ from torch import Tensor
 from difflayers._autodiff import Pullback, pull
 from difflayers.errors import ProblemError
 from difflayers.linear import LinearOperator
+from difflayers.linear._direct import lu_factor
 from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data, Matrix, times, transposed
 from difflayers.qp._jacobian import ActiveSetSolve
@@ -114,7 +115,7 @@ class ConeFactor:
         finite = rows.isfinite().all(-1)
         if not bool(finite.all()):
             matrix = torch.where(finite[:, None, None], matrix, 0)
-        self.lu, self.pivots = _factored(matrix)
+        self.lu, self.pivots = lu_factor(matrix)
         size = self.lu.diagonal(dim1=-2, dim2=-1).abs()
         self.degenerate = size.amin(-1) <= SINGULAR * size.amax(-1)
         self.pseudo: Tensor | None = None
@@ -136,17 +137,6 @@ class ConeFactor:
         if not self.rotation.spectra:
             return rows
         return self.cones.turned(self.rotation, rows.unsqueeze(-1), back=back).squeeze(-1)
-
-
-def _factored(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """LU factors and pivots, ``(samples, n, n)`` and ``(samples, n)``."""
-    if matrix.device.type != "cpu" or torch.get_num_threads() == 1 or not len(matrix):
-        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-        return lu, pivots
-    # One by one: in torch 2.13 with MKL and several threads, a batch of more than about a hundred rows each gets
-    # pivots that are no rows ("Parameter 6 was incorrect on entry to DLASWP").
-    parts = [torch.linalg.lu_factor_ex(one)[:2] for one in matrix]
-    return torch.stack([lu for lu, _ in parts]), torch.stack([pivots for _, pivots in parts])
 
 
 class ConeInverse(LinearOperator):

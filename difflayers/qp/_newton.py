@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from difflayers.linear._direct import lu_factor
 from difflayers.qp._data import Data, times, transposed
 
 # Passes of equilibration.
@@ -259,7 +260,7 @@ class _Mended:
                 rows = slice(start, start + block.shape[-2])
                 system[:, rows, :n] = block
                 system[:, :n, rows] = block.mT
-        self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(system)
+        self.lu, self.pivots = lu_factor(system)
 
     def solve(self, x: Tensor, y: Tensor, first: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` and ``y`` with these samples' solutions put in."""

@@ -282,3 +282,14 @@ def test_least_squares_cut_where_they_are_told():
     solution = solve(linear.LeastSquares(rtol=1e-2), matrix, rhs)
     torch.testing.assert_close(solution.value, torch.tensor([[1.0, 0.0]]))
     assert solution.status.tolist() == [Status.SUCCESS]
+
+
+def test_many_rows_with_several_threads():
+    """Batched LU of torch 2.13 with MKL is wrong there."""
+    matrix, rhs = systems(samples=3, n=170)
+    torch.set_num_threads(2)
+    try:
+        solution = solve(linear.LU(), matrix, rhs)
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close((matrix @ solution.value.unsqueeze(-1)).squeeze(-1), rhs, rtol=1e-9, atol=1e-9)
