@@ -1,7 +1,8 @@
 """Layers that are defined by a condition instead of a list of operations.
 
 ``ImplicitFunction(problem, solver, adjoint)`` is a differentiable function from parameters to the answer of
-``F(z, params) = 0``. The areas build on it: :mod:`difflayers.fixedpoint` for now.
+``F(z, params) = 0``. The areas build on the same parts: :mod:`difflayers.fixedpoint`, :mod:`difflayers.qp` and
+:mod:`difflayers.ode`.
 """
 
 from __future__ import annotations
