@@ -20,7 +20,7 @@ from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.ode._backsolve import BacksolveAdjoint
 from difflayers.ode._checkpointed import CheckpointedAdjoint
-from difflayers.ode._explicit import ExplicitSolver
+from difflayers.ode._explicit import OneStepSolver
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._state import State
 
@@ -136,7 +136,7 @@ def paired(problem: InitialValueProblem, solver: str | Solver, adjoint: Adjoint 
         TypeError: one of them can't serve; the message says why.
     """
     chosen = resolve(solver, available_solvers("ode"))
-    rule = adjoint or (CheckpointedAdjoint() if isinstance(chosen, ExplicitSolver) else BacksolveAdjoint())
+    rule = adjoint or (CheckpointedAdjoint() if isinstance(chosen, OneStepSolver) else BacksolveAdjoint())
     if reason := chosen.supports(problem) or rule.supports(problem, chosen):
         raise TypeError(f"{chosen!r} and {rule!r} can't serve here: {reason}")
     return chosen, rule

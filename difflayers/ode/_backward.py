@@ -12,7 +12,7 @@ from torch import Tensor
 from difflayers._solution import Status
 from difflayers.ode._along import by_row, in_rows
 from difflayers.ode._control import Controller
-from difflayers.ode._explicit import Dopri5, ExplicitSolver
+from difflayers.ode._explicit import Dopri5, OneStepSolver
 from difflayers.ode._joint import JointRun
 from difflayers.ode._mesh import Mesh
 from difflayers.ode._problem import InitialValueProblem
@@ -21,7 +21,7 @@ from difflayers.ode._problem import InitialValueProblem
 class SemiController(Controller):
     """The controller that reads only the first numbers of the state."""
 
-    def __init__(self, numbers: int, solver: ExplicitSolver, y: Tensor, rows: torch.Size) -> None:
+    def __init__(self, numbers: int, solver: OneStepSolver, y: Tensor, rows: torch.Size) -> None:
         super().__init__(solver, y, rows)
         scale = torch.full_like(y, torch.inf).reshape(-1)
         scale[:numbers] = self._atol

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from difflayers._monitor import watch
 from difflayers._solution import OnFailure, Solution, Status, check_status
-from difflayers.ode._explicit import ExplicitSolver
+from difflayers.ode._explicit import OneStepSolver
 from difflayers.ode._mesh import Mesh, RowMesh
 from difflayers.ode._problem import InitialValueProblem
 
@@ -19,7 +19,7 @@ class Call:
     """One solve, with what its derivatives need to know."""
 
     problem: InitialValueProblem
-    solver: ExplicitSolver
+    solver: OneStepSolver
     on_failure: OnFailure
     states: int | None
     transformed: bool = False  # whether a transform may need the mesh as tensors of its own

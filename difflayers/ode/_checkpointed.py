@@ -28,7 +28,7 @@ from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.ode._along import along
 from difflayers.ode._call import Call
-from difflayers.ode._explicit import ExplicitSolver
+from difflayers.ode._explicit import OneStepSolver
 from difflayers.ode._gradient import first_order, keeps_stages
 from difflayers.ode._mesh import RowMesh
 from difflayers.ode._problem import InitialValueProblem
@@ -63,7 +63,7 @@ class CheckpointedAdjoint(Adjoint):
             raise ProblemError(f"states must be at least 1, got {self.states}")
 
     def supports(self, problem: Problem, solver: Solver) -> str | None:
-        if problem.form != "ode" or not isinstance(solver, ExplicitSolver):
+        if problem.form != "ode" or not isinstance(solver, OneStepSolver):
             return f"it runs steps of the solvers of difflayers.ode once more, which {type(solver).__name__} isn't"
         if self.stage_parallel and not solver.explicit:
             return "stages in parallel are for explicit methods; leave stage_parallel=None"
@@ -72,7 +72,7 @@ class CheckpointedAdjoint(Adjoint):
     def apply(
         self, problem: Problem, solver: Solver, params: Sequence[Tensor], init: Tensor, on_failure: OnFailure = "raise"
     ) -> Solution:
-        if not isinstance(problem, InitialValueProblem) or not isinstance(solver, ExplicitSolver):
+        if not isinstance(problem, InitialValueProblem) or not isinstance(solver, OneStepSolver):
             raise TypeError(f"{self!r} can't serve here: {self.supports(problem, solver)}")
         wanted = torch.is_grad_enabled() and (in_functorch() or any(p.requires_grad for p in params))
         kept = self.states if wanted else 0
@@ -88,7 +88,7 @@ class CheckpointedAdjoint(Adjoint):
             solution = replace(solution, value=torch.where(_there(value, solution.stats["outputs"]), run, torch.nan))
         return solution
 
-    def _parallel(self, solver: ExplicitSolver, params: Sequence[Tensor]) -> bool:
+    def _parallel(self, solver: OneStepSolver, params: Sequence[Tensor]) -> bool:
         """Whether slopes are kept for it."""
         small = solver.explicit and self.states is None and keeps_stages(params[0])
         return small if self.stage_parallel is None else self.stage_parallel

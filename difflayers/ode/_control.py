@@ -12,7 +12,7 @@ from difflayers.ode._rosenbrock import AnyStages
 from difflayers.ode._stages import stage_time
 
 if TYPE_CHECKING:
-    from difflayers.ode._explicit import ExplicitSolver
+    from difflayers.ode._explicit import OneStepSolver
 
 
 class Controller:
@@ -24,7 +24,7 @@ class Controller:
 
     safety, least, most = 0.9, 0.2, 10.0
 
-    def __init__(self, solver: ExplicitSolver, y: Tensor, rows: torch.Size) -> None:
+    def __init__(self, solver: OneStepSolver, y: Tensor, rows: torch.Size) -> None:
         order = solver.tableau.error_order
         self.order = order
         beta = 0.1 / order
@@ -100,7 +100,7 @@ class Controller:
 class RowController:
     """The same for every sample by itself: what is a number there is a column here."""
 
-    def __init__(self, solver: ExplicitSolver, y: Tensor) -> None:
+    def __init__(self, solver: OneStepSolver, y: Tensor) -> None:
         order = solver.tableau.error_order
         self.order = order
         beta = 0.1 / order

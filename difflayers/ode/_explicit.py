@@ -26,8 +26,8 @@ from difflayers.ode._tableaus import BOSH3, DOPRI5, EULER, MIDPOINT, TSIT5, Tabl
 from difflayers.ode._tableaus import RK4 as CLASSICAL
 
 
-class ExplicitSolver(Solver):
-    """What explicit methods share.
+class OneStepSolver(Solver):
+    """What methods that know only the last state share, explicit or implicit.
 
     A solution's ``value`` is ``(samples, T, n)``, NaN after the time at which a sample failed. Under
     ``torch.no_grad()`` the loop runs in buffers, otherwise on the graph.
@@ -98,7 +98,7 @@ class ExplicitSolver(Solver):
 
 
 @dataclass(frozen=True)
-class FixedStepSolver(ExplicitSolver):
+class FixedStepSolver(OneStepSolver):
     """A method of fixed step: outputs lie at the ends of steps, and nothing controls the error.
 
     Args:
@@ -141,7 +141,7 @@ class RK4(FixedStepSolver):
 
 
 @dataclass(frozen=True)
-class AdaptiveSolver(ExplicitSolver):
+class AdaptiveSolver(OneStepSolver):
     """A pair of methods whose difference controls the step.
 
     A step is accepted where the root mean square of estimated error over ``atol + rtol · |y|`` is at most 1. Output

@@ -16,7 +16,7 @@ from difflayers.ode._problem import Evaluate
 from difflayers.ode._rosenbrock import stages_of, traced_stages_of
 
 if TYPE_CHECKING:
-    from difflayers.ode._explicit import ExplicitSolver
+    from difflayers.ode._explicit import OneStepSolver
 
 
 class JointRun:
@@ -24,10 +24,10 @@ class JointRun:
 
     window = 500  # trials after which progress is judged
     hopeless = 100.0  # times max_steps that it would take at that rate
-    control: Callable[[ExplicitSolver, Tensor, torch.Size], Controller] = Controller
+    control: Callable[[OneStepSolver, Tensor, torch.Size], Controller] = Controller
 
     def __init__(
-        self, solver: ExplicitSolver, evaluate: Evaluate, times: list[float], y: Tensor, samples: int, mesh: Mesh
+        self, solver: OneStepSolver, evaluate: Evaluate, times: list[float], y: Tensor, samples: int, mesh: Mesh
     ) -> None:
         self.solver, self.times, self.mesh = solver, times, mesh
         self.y = y

@@ -15,7 +15,7 @@ from difflayers.ode._problem import Evaluate
 from difflayers.ode._rosenbrock import stages_of
 
 if TYPE_CHECKING:
-    from difflayers.ode._explicit import ExplicitSolver
+    from difflayers.ode._explicit import OneStepSolver
 
 Part = Callable[[Tensor], Evaluate | None]
 
@@ -31,7 +31,7 @@ class RowRun:
     hopeless = 100.0  # times max_steps that it would take at that rate
 
     def __init__(
-        self, solver: ExplicitSolver, evaluate: Evaluate, part: Part, times: Tensor, y: Tensor, mesh: RowMesh
+        self, solver: OneStepSolver, evaluate: Evaluate, part: Part, times: Tensor, y: Tensor, mesh: RowMesh
     ) -> None:
         self.solver, self.part, self.mesh, self.y = solver, part, mesh, y
         self.samples, self.count = times.shape
