@@ -161,8 +161,11 @@ def tracer(solver: object) -> Tracer | None:
 
 
 def watch(role: Role, solver: object, solve: Callable[[], Solution]) -> Solution:
-    """Run ``solve`` and tell the listeners about it; costs nothing when nobody listens."""
-    if not _listeners:
+    """Run ``solve`` and tell the listeners about it; costs nothing when nobody listens.
+
+    A solver that is ``watched`` only hands on what was told already.
+    """
+    if not _listeners or getattr(solver, "watched", False):
         return solve()
     own = Tracer(solver) if any(listener.trace for listener in _listeners) else None
     outer = _tracer.set(own)

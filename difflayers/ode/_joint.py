@@ -80,6 +80,7 @@ class JointRun:
         self._drop_nonfinite(y)
         made = range(len(self.values), len(self.values) + self.times[len(self.values) :].count(end) if last else 0)
         self._record(h, tuple((index, 1.0) for index in made))
+        self._look(h, y)
         self._move(end if last else self.t + h, y)
         self.values += [self.y] * len(made)
 
@@ -130,8 +131,9 @@ class JointRun:
             # A dead sample's output is never read.
             self.values.append(y if s == 1 else self.stages.inside(self.t, self.y, h, s))
         self._record(h, tuple(outputs))
+        self._look(h, y)
         self._move(end, y)
-        if len(self.values) == len(self.times):
+        if len(self.values) == len(self.times) or self._done():
             return True
         if self.controller is not None:
             self.controller.moved()
@@ -141,6 +143,15 @@ class JointRun:
     def _record(self, h: float, outputs: tuple[tuple[int, float], ...]) -> None:
         stages = self.stages.slopes.clone() if self.mesh.keep_stages else None
         self.mesh.add(Step(self.t, h, outputs, self.y, self.alive, stages))
+
+    def _look(self, h: float, y: Tensor) -> None:
+        """Samples may end in a step that was accepted."""
+        if self.mesh.watch is None:
+            return
+        ended = self.mesh.watch(self.stages, self.t, h, self.y, y, None, self.alive)
+        if ended is not None:
+            self._finish(ended & self._still(), Status.SUCCESS)
+            self.alive = (self._still() & ~ended)[:, None]
 
     def _move(self, t: float, y: Tensor) -> None:
         if self.alive is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,22 @@ class _Stateful(Protocol):
     y: Tensor | None
 
 
+class Watch(Protocol):
+    """What looks at every accepted step."""
+
+    def __call__(
+        self,
+        stages: Any,
+        t: float | Tensor,
+        h: float | Tensor,
+        y: Tensor,
+        end: Tensor,
+        rows: Tensor | None,
+        moved: Tensor | None,
+    ) -> Tensor | None:
+        """Which samples end in this step, None if none does; ``rows`` are in it, and ``moved`` those it moves."""
+
+
 S = TypeVar("S", bound=_Stateful)
 
 
@@ -48,6 +64,7 @@ class _Thinned(Generic[S]):
     def __init__(self, states: int | None = None) -> None:
         self.states = states
         self.steps: list[S] = []
+        self.watch: Watch | None = None
         self._every = 1
 
     def add(self, step: S) -> None:

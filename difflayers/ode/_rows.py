@@ -144,11 +144,15 @@ class RowRun:
             s = self._make(row, index, h, y, end)
             self.next = self.next + due.sum(1)
         kept, self.kept = self.kept, None
+        watch = self.mesh.watch
+        ended = None if watch is None else watch(self.stages, self.t, h, self.y, y, self.rows, good)
         self.mesh.add(RowStep(self.t, h, self.y, self.rows, kept, row, index, s))
         self.y = torch.where(wide, y, self.y)
         self.t = torch.where(wide, end, self.t)
         self.stages.advance_where(wide, self.t, self.y)
         self.going = self.going & (self.next < self.count)
+        if ended is not None:
+            self.going = self.going & ~ended
         self.made[self.rows] = self.next
         self.time[self.rows] = self.t.squeeze(1)
 

@@ -61,7 +61,7 @@ class Stages:
         """The state after a step; its stages stay here. The first one must be here already."""
         last = self.tableau.stages
         end = self._fill(t, y, h, 1, last + 1 if self.tableau.error else last)
-        self._made = last + 1
+        self._made = last + 1 if self.tableau.error else last
         return end if self.tableau.error else self._point(y, last, h)
 
     def estimates(self) -> list[Tensor]:

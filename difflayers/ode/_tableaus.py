@@ -116,12 +116,18 @@ def nested(b: Row, slope: int, extra: Sequence[Row]) -> Array:
     return total[:, 1:]
 
 
-EULER = Tableau(order=1, rows=((1.0,),), stages=1)
+EULER = Tableau(order=1, rows=((1.0,),), stages=1, interpolant=_hermite((1.0,)), interpolant_order=1)
 
-MIDPOINT = Tableau(order=2, rows=((0.5,), (0.0, 1.0)), stages=2)
+MIDPOINT = Tableau(order=2, rows=((0.5,), (0.0, 1.0)), stages=2, interpolant=_hermite((0.0, 1.0)), interpolant_order=2)
 
 # Kutta 1901.
-RK4 = Tableau(order=4, rows=((0.5,), (0, 0.5), (0, 0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)), stages=4)
+RK4 = Tableau(
+    order=4,
+    rows=((0.5,), (0, 0.5), (0, 0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+    stages=4,
+    interpolant=_hermite((1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+    interpolant_order=3,
+)
 
 # Bogacki and Shampine 1989, "A 3(2) pair of Runge-Kutta formulas", Appl. Math. Lett. 2.
 BOSH3 = Tableau(
