@@ -142,13 +142,20 @@ def paired(problem: InitialValueProblem, solver: str | Solver, adjoint: Adjoint 
     return chosen, rule
 
 
+def as_times(t: Any) -> Tensor:
+    """``t`` as a tensor; Python's numbers stay what they are, whatever torch's default precision."""
+    t = to_tensors(t)
+    times = torch.as_tensor(t)
+    return times if isinstance(t, Tensor) or not times.is_floating_point() else torch.as_tensor(t, dtype=torch.float64)
+
+
 def output_times(t: Any, state: State, like: Tensor) -> Tensor:
     """``t`` as a tensor ``(T,)`` or ``(samples, T)``.
 
     Raises:
         ProblemError: it is empty, of another shape, not finite or not monotone.
     """
-    times = torch.as_tensor(to_tensors(t), device=like.device)
+    times = as_times(t).to(like.device)
     if not times.is_floating_point():
         if times.is_complex():
             raise ProblemError("t is complex, but time is real")

@@ -14,7 +14,7 @@ from difflayers._autodiff import Autocast
 from difflayers._solution import OnFailure
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
-from difflayers.ode._api import ODESolution, integrate, paired
+from difflayers.ode._api import ODESolution, as_times, integrate, paired
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._state import State
 
@@ -58,7 +58,7 @@ class ODELayer(nn.Module):
         if not isinstance(fn, nn.Module):
             raise ProblemError(f"fn must be an nn.Module, got {type(fn).__name__}; for a function use odeint()")
         self.fn = fn
-        self.register_buffer("t", torch.as_tensor(t), persistent=False)
+        self.register_buffer("t", as_times(t), persistent=False)
         state, (arguments, _) = State.of(torch.zeros(()), 0), Arguments.of(fn, ())
         anything = InitialValueProblem(fn, state, arguments, Autocast.current(self.t.device))
         self.solver, self.adjoint = paired(anything, solver, adjoint)
