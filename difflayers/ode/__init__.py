@@ -14,6 +14,7 @@ from difflayers._solver import Solver
 from difflayers.ode._api import ODESolution, odeint
 from difflayers.ode._backsolve import BacksolveAdjoint
 from difflayers.ode._checkpointed import CheckpointedAdjoint
+from difflayers.ode._events import Event
 from difflayers.ode._explicit import RK4, AdaptiveSolver, Bosh3, Dopri5, Dopri8, Euler, FixedStepSolver, Midpoint, Tsit5
 from difflayers.ode._layer import ODELayer
 from difflayers.ode._problem import InitialValueProblem
@@ -30,6 +31,7 @@ __all__ = [
     "Dopri5",
     "Dopri8",
     "Euler",
+    "Event",
     "FixedStepSolver",
     "InitialValueProblem",
     "Midpoint",

@@ -20,6 +20,8 @@ from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.ode._backsolve import BacksolveAdjoint
 from difflayers.ode._checkpointed import CheckpointedAdjoint
+from difflayers.ode._event_solve import Happened, per_event, solve_with_events
+from difflayers.ode._events import Event, event_parameters, events_of
 from difflayers.ode._explicit import OneStepSolver
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._state import State
@@ -30,13 +32,24 @@ class ODESolution(Solution):
     """The states at the output times; ``value`` is :attr:`ys`. NaN from where a sample failed.
 
     ``stats`` has, for every sample, ``steps`` that were tried, of which ``accepted`` and ``rejected``, ``evaluations``
-    of ``fn``, the ``time`` that the solve got to, and how many ``outputs`` lie before it.
+    of ``fn``, the ``time`` that the solve got to, and how many ``outputs`` lie before it. With events it also has the
+    number of the ``event`` that ended a sample, -1 if none did, and whether one was met ``grazing``: so flatly that
+    errors within the tolerance decide whether it is met, and derivatives of its time are large or infinite.
+
+    For one event the attributes below are tensors, for a sequence of events tuples with one for each.
 
     Attributes:
         t: the output times, ``(T,)`` or ``(*batch, T)``.
+        event_t: when an event was met: ``(*batch,)`` if it is terminal; otherwise ``(*batch, K)``, first to last, with
+            ``K`` the largest number of times that any sample met it. NaN where it wasn't.
+        event_y: the states then, ``(*batch, ...)`` or ``(K, *batch, ...)``, in the structure of ``y0``; NaN likewise.
+        event_count: how many times a sample met it, ``(*batch,)``.
     """
 
     t: Any = None
+    event_t: Any = None
+    event_y: Any = None
+    event_count: Any = None
 
     @property
     def ys(self) -> Any:
@@ -46,7 +59,8 @@ class ODESolution(Solution):
     def numpy(self) -> ODESolution:
         """The same with NumPy arrays, detached, on the CPU."""
         plain = super().numpy()
-        return ODESolution(plain.value, plain.status, plain.stats, plain.state, to_numpy(self.t))
+        own = (to_numpy(one) for one in (self.t, self.event_t, self.event_y, self.event_count))
+        return ODESolution(plain.value, plain.status, plain.stats, plain.state, *own)
 
 
 def odeint(
@@ -76,7 +90,8 @@ def odeint(
         solver: a solver object, or the name of one with its defaults.
         adjoint: the derivative rule; None is :class:`CheckpointedAdjoint` for solvers whose steps are known, and
             :class:`BacksolveAdjoint` for others.
-        event: not there yet.
+        event: what to look for: an :class:`Event`, a callable ``fn(t, y, *args)`` whose first zero ends a sample, or a
+            sequence of these. Outputs after the end are NaN. An event that isn't met is no failure.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``: a sample that fails is NaN from there on.
 
     Raises:
@@ -110,8 +125,7 @@ def integrate(
     checked: set[Any] | None = None,
 ) -> ODESolution:
     """:func:`odeint`, which remembers in ``checked`` what it needn't check again."""
-    if event is not None:
-        raise ProblemError("events aren't there yet; leave event=None, and look for crossings in solution.ys")
+    events = events_of(event)
     numpy = uses_numpy(y0, (t, args))
     y0 = to_tensors(y0)
     state = State.of(y0, batch_dims)
@@ -119,13 +133,19 @@ def integrate(
     args = to_tensors(tuple(args), start)
     times = output_times(t, state, start)
     arguments, tensors = Arguments.of(fn, args)
-    check_devices(list(tensors), start)
+    check_devices([*tensors, *event_parameters(events)], start)
     problem = InitialValueProblem(fn, state, arguments, Autocast.current(start.device))
     chosen, rule = paired(problem, solver, adjoint)
     with without_autocast(start.device):
         _check_promise(problem, start, times, tensors, checked)
-        found = rule.apply(problem, chosen, (start, times, *tensors), start.detach(), on_failure)
+        params = (start, times, *tensors)
+        if events:
+            found, happened = solve_with_events(problem, chosen, rule, events, params, on_failure)
+        else:
+            found = rule.apply(problem, chosen, params, start.detach(), on_failure)
     solution = _as_given(found, state, times)
+    if events:
+        solution = _with_events(solution, state, happened, events, not isinstance(event, Sequence))
     return solution.numpy() if numpy else solution
 
 
@@ -211,3 +231,17 @@ def _as_given(solution: Solution, state: State, times: Tensor) -> ODESolution:
     )
     t = times.reshape(batch + times.shape[-1:]) if times.dim() > 1 else times
     return ODESolution(shaped.value, shaped.status, shaped.stats, None, t)
+
+
+def _with_events(
+    solution: ODESolution, state: State, happened: Happened, events: Sequence[Event], alone: bool
+) -> ODESolution:
+    batch, dtype = state.batch, solution.t.dtype
+    times, states, counts = [], [], []
+    for event, (time, y, count) in zip(events, per_event(happened, events), strict=True):
+        lead = batch if event.terminal else torch.Size((time.shape[-1], *batch))
+        times.append(time.reshape(batch + time.shape[1:]).to(dtype))
+        states.append(state.unpack(y if event.terminal else y.transpose(0, 1), lead))
+        counts.append(count.reshape(batch))
+    found = (times[0], states[0], counts[0]) if alone else (tuple(times), tuple(states), tuple(counts))
+    return replace(solution, event_t=found[0], event_y=found[1], event_count=found[2])

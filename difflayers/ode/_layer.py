@@ -15,6 +15,7 @@ from difflayers._solution import OnFailure
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.ode._api import ODESolution, as_times, integrate, paired
+from difflayers.ode._events import events_of
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._state import State
 
@@ -28,6 +29,8 @@ class ODELayer(nn.Module):
         solver: a solver object, or the name of one with its defaults.
         adjoint: the derivative rule; None is what suits the solver, as in :func:`odeint`.
         batch_dims: leading dimensions of ``y0`` that index independent samples.
+        event: what to look for, as in :func:`odeint`; :meth:`solve` tells when it happened. The parameters of events
+            that are modules are the layer's too.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``: a sample that fails is NaN from there on.
 
     >>> import torch
@@ -52,6 +55,7 @@ class ODELayer(nn.Module):
         solver: str | Solver = "dopri5",
         adjoint: Adjoint | None = None,
         batch_dims: int = 0,
+        event: Any = None,
         on_failure: OnFailure = "warn",
     ) -> None:
         super().__init__()
@@ -62,7 +66,9 @@ class ODELayer(nn.Module):
         state, (arguments, _) = State.of(torch.zeros(()), 0), Arguments.of(fn, ())
         anything = InitialValueProblem(fn, state, arguments, Autocast.current(self.t.device))
         self.solver, self.adjoint = paired(anything, solver, adjoint)
-        self.batch_dims = batch_dims
+        self.batch_dims, self.event = batch_dims, event
+        modules = [one.fn for one in events_of(event) if isinstance(one.fn, nn.Module)]
+        self.event_functions = nn.ModuleList(modules)
         self.on_failure = on_failure
         self._checked: set[Any] = set()
 
@@ -74,7 +80,16 @@ class ODELayer(nn.Module):
         """The solution with status and statistics, on the graph."""
         call = _outside_dynamo if torch.compiler.is_compiling() else integrate
         return call(
-            self.fn, y0, self.t, args, self.batch_dims, self.solver, self.adjoint, None, self.on_failure, self._checked
+            self.fn,
+            y0,
+            self.t,
+            args,
+            self.batch_dims,
+            self.solver,
+            self.adjoint,
+            self.event,
+            self.on_failure,
+            self._checked,
         )
 
     def extra_repr(self) -> str:

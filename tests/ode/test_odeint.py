@@ -158,8 +158,6 @@ def test_bad_right_hand_sides(fn, message):
 
 def test_bad_arguments():
     y0, t = torch.ones(3, 2), [0.0, 1.0]
-    with pytest.raises(ProblemError, match="events"):
-        odeint(linear, y0, t, (A,), event=lambda t, y: y)
     with pytest.raises(ProblemError, match="did you mean 'dopri5'"):
         odeint(linear, y0, t, (A,), solver="dopri55")
     with pytest.raises(ProblemError, match="independent"):
