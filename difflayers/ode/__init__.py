@@ -19,7 +19,7 @@ from difflayers.ode._explicit import RK4, AdaptiveSolver, Bosh3, Dopri5, Dopri8,
 from difflayers.ode._layer import ODELayer
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._scipy_ivp import ScipyIVP
-from difflayers.ode._stiff import Rodas
+from difflayers.ode._stiff import Kvaerno5, Rodas
 from difflayers.ode._torchdiffeq import TorchDiffEq
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Event",
     "FixedStepSolver",
     "InitialValueProblem",
+    "Kvaerno5",
     "Midpoint",
     "ODELayer",
     "ODESolution",
@@ -49,6 +50,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "dopri5": Dopri5,
     "dopri8": Dopri8,
     "euler": Euler,
+    "kvaerno5": Kvaerno5,
     "midpoint": Midpoint,
     "rk4": RK4,
     "scipy": ScipyIVP,

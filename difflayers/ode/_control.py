@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from difflayers.ode._rosenbrock import AnyStages
+from difflayers.ode._methods import AnyStages
 from difflayers.ode._stages import stage_time
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import Tensor
 from difflayers._solution import Solution, Status
 from difflayers.ode._control import Controller, first_step
 from difflayers.ode._mesh import Mesh, Step
+from difflayers.ode._methods import stages_of, traced_stages_of
 from difflayers.ode._problem import Evaluate
-from difflayers.ode._rosenbrock import stages_of, traced_stages_of
 
 if TYPE_CHECKING:
     from difflayers.ode._explicit import OneStepSolver
@@ -155,7 +155,7 @@ class JointRun:
 
     def _move(self, t: float, y: Tensor) -> None:
         if self.alive is not None:
-            y = torch.where(self.alive, y.view(self.rows), self.y.view(self.rows)).view(y.shape)
+            y = torch.where(self.alive, y.reshape(self.rows), self.y.reshape(self.rows)).view(y.shape)
         self.y = y
         self.t = t
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from difflayers.ode._mesh import Mesh, Step
-from difflayers.ode._rodas5p import Rosenbrock
-from difflayers.ode._rosenbrock import swept_rosenbrock, traced_stages_of
+from difflayers.ode._methods import swept_implicit, traced_stages_of
 from difflayers.ode._stages import Evaluate, Time, combined, mixed, stage_time
-from difflayers.ode._tableaus import RK4, Coefficients, Tableau, coefficients
+from difflayers.ode._tableaus import RK4, Coefficients, ImplicitTableau, Tableau, coefficients
+
+Sweep = Callable[
+    [Tableau, Evaluate, Time, Time, Tensor, Tensor, Sequence[Tensor], list["Tensor | None"]], Tensor
+]  # what swept() is
 
 
 def replay(tableau: Tableau, evaluate: Evaluate, mesh: Mesh, y0: Tensor, t: Tensor | None) -> Tensor:
@@ -72,12 +75,14 @@ def pulled(
     gradients: list[Tensor | None],
     given: Tensor | None = None,
     handed_on: bool = False,
+    sweep: Sweep | None = None,
 ) -> Tensor:
     """The cotangent of a step's start, for ``adjoint`` of its end and cotangents of its outputs.
 
     ``gradients`` of what is ``wanted`` are added to. Every slope is a tape of its own, so that what is between them are
     products in buffers instead of a graph. The slope at the end of a step is the first one of the next: where outputs
-    need it, its cotangent may be ``handed_on`` to that step, which is ``given`` it.
+    need it, its cotangent may be ``handed_on`` to that step, which is ``given`` it. Another :func:`swept` may serve as
+    ``sweep``.
     """
     inside = [(s, g) for (_, s), g in zip(step.outputs, cotangents, strict=True) if s != 1]
     for (_, s), cotangent in zip(step.outputs, cotangents, strict=True):
@@ -92,7 +97,7 @@ def pulled(
     direct = torch.mm(weights.t(), sources).view(stages, *y.shape).mul_(step.h)
     if given is not None:
         direct[0] += given
-    start = swept(tableau, evaluate, step.t, step.h, y, direct, wanted, gradients)
+    start = (sweep or swept)(tableau, evaluate, step.t, step.h, y, direct, wanted, gradients)
     return start.add_(sources.sum(0).view(y.shape))
 
 
@@ -117,8 +122,8 @@ def swept(
     gradients: list[Tensor | None],
 ) -> Tensor:
     """What the stages of a step give to its start, for the cotangents that slopes have from outside, ``direct``."""
-    if isinstance(tableau, Rosenbrock):
-        return swept_rosenbrock(tableau, evaluate, t, h, y, direct, wanted, gradients)
+    if isinstance(tableau, ImplicitTableau):
+        return swept_implicit(tableau, evaluate, t, h, y, direct, wanted, gradients)
     known = coefficients(tableau, y.dtype, y.device)
     tapes = tapes_of(evaluate, known, tableau.c[: len(direct)], t, h, y)
     back = torch.empty_like(direct)

@@ -10,44 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difflayers.ode._tableaus import Array, Row, Tableau
+from difflayers.ode._tableaus import Array, ImplicitTableau, Row
 
 
 @dataclass(frozen=True, eq=False)
-class Rosenbrock(Tableau):
+class Rosenbrock(ImplicitTableau):
     """A linearly implicit method, with ``J = ∂f/∂y`` and ``∂f/∂t`` at the start of the step.
 
-    ``(I/γ - hJ) kᵢ = f(t + cᵢh, y + h Σ aᵢⱼkⱼ) + Σ cᵢⱼkⱼ + h dᵢ ∂f/∂t``, then ``y₁ = y + h Σ bⱼkⱼ`` and so on as for
+    ``(M/γ - hJ) kᵢ = f(t + cᵢh, y + h Σ aᵢⱼkⱼ) + M Σ cᵢⱼkⱼ + h dᵢ ∂f/∂t``, then ``y₁ = y + h Σ bⱼkⱼ`` and so on as for
     explicit methods: this is the form by Hairer, Wanner 1996, section IV.7, (7.25), with ``u = hk``, in which a step of
     zero length is fine. There is no slope at ``y₁``: the next step starts with a Jacobian of its own.
 
     Attributes:
-        gamma: ``γ``.
         couplings: ``cᵢⱼ`` from the second stage on.
         drifts: ``dᵢ``.
-        times: ``cᵢ``.
-        last: ``bⱼ``.
     """
 
-    gamma: float = 1.0
     couplings: tuple[Row, ...] = ()
     drifts: Row = ()
-    times: Row = ()
-    last: Row = ()
-
-    @property
-    def b(self) -> Row:
-        return self.last
-
-    @property
-    def c(self) -> list[float]:
-        return list(self.times)
-
-    def speeds(self, s: float) -> Array:
-        """``bⱼ'(s)``, the weights of ``dy/dt``."""
-        powers = np.arange(1, self.interpolant.shape[1] + 1)
-        weights: Array = self.interpolant @ (powers * s ** (powers - 1.0))
-        return weights
 
 
 @dataclass(frozen=True)

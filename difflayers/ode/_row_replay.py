@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from difflayers.ode._mesh import RowMesh, RowStep
+from difflayers.ode._methods import traced_stages_of
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._replay import moved, swept
-from difflayers.ode._rosenbrock import traced_stages_of
 from difflayers.ode._stages import Evaluate, stage_time, weights_at
 from difflayers.ode._tableaus import Tableau, coefficients
 

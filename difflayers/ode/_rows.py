@@ -11,8 +11,8 @@ from torch import Tensor
 from difflayers._solution import Solution, Status
 from difflayers.ode._control import RowController, first_steps
 from difflayers.ode._mesh import RowMesh, RowStep
+from difflayers.ode._methods import stages_of
 from difflayers.ode._problem import Evaluate
-from difflayers.ode._rosenbrock import stages_of
 
 if TYPE_CHECKING:
     from difflayers.ode._explicit import OneStepSolver

@@ -1,4 +1,4 @@
-"""A linearly implicit method for stiff problems."""
+"""Methods for stiff problems."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ from typing import ClassVar
 
 import torch
 
+from difflayers.errors import ProblemError
 from difflayers.ode._explicit import AdaptiveSolver
+from difflayers.ode._kvaerno import Esdirk, kvaerno5
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._rodas5p import RODAS5P
 from difflayers.ode._tableaus import Tableau
 
 
 @dataclass(frozen=True)
-class Rodas(AdaptiveSolver):
+class ImplicitSolver(AdaptiveSolver):
+    """What methods share that factor a matrix for every sample: states are rows, with one Jacobian each."""
+
+    explicit: ClassVar[bool] = False
+
+    def layout(self, problem: InitialValueProblem) -> torch.Size:
+        return torch.Size((problem.samples, sum(problem.state.sizes)))
+
+
+@dataclass(frozen=True)
+class Rodas(ImplicitSolver):
     """For stiff problems: order 5 with an embedded 4, L-stable (Steinebach 2023, Rodas5P); interpolant of order 4.
 
     A Rosenbrock method: every step takes eight evaluations, the Jacobian of ``fn`` by as many vector-Jacobian products
@@ -25,7 +37,30 @@ class Rodas(AdaptiveSolver):
     """
 
     tableau: ClassVar[Tableau] = RODAS5P
-    explicit: ClassVar[bool] = False
 
-    def layout(self, problem: InitialValueProblem) -> torch.Size:
-        return torch.Size((problem.samples, sum(problem.state.sizes)))
+
+@dataclass(frozen=True)
+class Kvaerno5(ImplicitSolver):
+    """For stiff problems: order 5 with an embedded 4, L-stable (Kværnø 2004); interpolant of order 4.
+
+    A diagonally implicit Runge–Kutta method with an explicit first stage: every step takes the Jacobian of ``fn`` and
+    one LU factorization like :class:`Rodas`, and six equations, each of which Newton's method solves in a few
+    evaluations. A sample whose iteration doesn't converge makes a shorter step. Unlike Rodas it asks ``fn`` for first
+    derivatives only, also for gradients, which come from the implicit function theorem at every stage: a piecewise
+    linear ``fn`` is fine, and a Jacobian that is a little wrong costs iterations, not accuracy. Stages lie up to 1.23
+    steps ahead, also beyond the last output time. Derivatives have at most order four.
+
+    Args:
+        newton: the part of the tolerance that may be left of the equations of a stage.
+    """
+
+    newton: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.newton < 1:
+            raise ProblemError(f"newton must be between 0 and 1, got {self.newton}")
+
+    @property
+    def tableau(self) -> Esdirk:  # type: ignore[override]
+        return kvaerno5(self.rtol, self.atol, self.newton)

@@ -63,6 +63,35 @@ class Tableau:
 
 
 @dataclass(frozen=True, eq=False)
+class ImplicitTableau(Tableau):
+    """A method whose stages solve equations: ``rows`` are below the diagonal, and no stage is the slope at ``y₁``.
+
+    Attributes:
+        gamma: ``γ``, the diagonal.
+        times: ``cᵢ``.
+        last: ``bⱼ``.
+    """
+
+    gamma: float = 1.0
+    times: Row = ()
+    last: Row = ()
+
+    @property
+    def b(self) -> Row:
+        return self.last
+
+    @property
+    def c(self) -> list[float]:
+        return list(self.times)
+
+    def speeds(self, s: float) -> Array:
+        """``bⱼ'(s)``, the weights of ``dy/dt``."""
+        powers = np.arange(1, self.interpolant.shape[1] + 1)
+        weights: Array = self.interpolant @ (powers * s ** (powers - 1.0))
+        return weights
+
+
+@dataclass(frozen=True, eq=False)
 class Coefficients:
     """A tableau as tensors: what the loops multiply by."""
 

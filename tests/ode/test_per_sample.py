@@ -223,4 +223,4 @@ def test_dtypes_shapes_and_batches():
 
 def test_every_adaptive_solver_can():
     assert {name for name, kind in ode.SOLVERS.items() if hasattr(kind, "per_sample") and "per_sample" in
-            kind.__dataclass_fields__} == {"bosh3", "dopri5", "dopri8", "rodas", "tsit5"}  # fmt: skip
+            kind.__dataclass_fields__} == {"bosh3", "dopri5", "dopri8", "kvaerno5", "rodas", "tsit5"}  # fmt: skip
