@@ -84,6 +84,7 @@ def is_tracked(tensor: Tensor) -> bool:
     if not in_functorch():
         return _has_gradient(tensor)
     functorch = torch._C._functorch
+    tensor = functorch.unwrap_if_dead(tensor)  # saved in a level that has ended
     top = functorch.peek_interpreter_stack()
     if functorch.maybe_get_level(tensor) == top.level():
         if not functorch.is_batchedtensor(tensor) and _has_gradient(tensor):

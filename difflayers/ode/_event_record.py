@@ -59,12 +59,13 @@ def search(
     times = in_rows(t.detach().double(), y0.shape[:-1])
     rows = y0.reshape(-1, y0.shape[-1])
     mesh = solver.mesh(t, states)
-    look = Lookout(signals.events, signals.evaluator(tensors), solver.tableau, times[:, :1], rows)
+    start, span = times[:, :1], times[:, -1:] - times[:, :1]
+    look = Lookout(signals.events, signals.evaluator(tensors), solver.tableau, start, span, rows)
     mesh.watch = look
     solution = solver.march(problem, own, mesh)
     mesh.watch = None
     flat = Solution(
-        solution.value.reshape(len(rows), *solution.value.shape[-2:]), solution.status.reshape(-1),
+        solution.value.reshape(len(rows), times.shape[1], rows.shape[1]), solution.status.reshape(-1),
         {name: stat.reshape(-1) for name, stat in solution.stats.items()},
     )  # fmt: skip
     return _Recorder(solver, look, times, flat, problem.evaluator(tensors[:shared])).record(mesh)

@@ -15,7 +15,8 @@ from difflayers.ode._problem import Evaluate
 from difflayers.ode._stages import weights_at
 from difflayers.ode._tableaus import Tableau
 
-# A signal is zero at the start if it is less than so many units in the last place of what it is in the first step.
+# A signal is zero at the start if, at the rate of the first step, it takes less than so many units in the last place of
+# the whole time to get there.
 _ROUNDING = 256
 
 
@@ -77,11 +78,14 @@ class Lookout:
         evaluate: their functions, ``(times (samples, 1), rows) -> (samples, events)``.
         tableau: the method.
         t: where the samples start, a column.
+        span: how long they may go on, likewise.
         y: the states there.
     """
 
-    def __init__(self, events: Sequence[Event], evaluate: Evaluate, tableau: Tableau, t: Tensor, y: Tensor) -> None:
-        self.events, self.evaluate, self.tableau = events, evaluate, tableau
+    def __init__(
+        self, events: Sequence[Event], evaluate: Evaluate, tableau: Tableau, t: Tensor, span: Tensor, y: Tensor
+    ) -> None:
+        self.events, self.evaluate, self.tableau, self.span = events, evaluate, tableau, span
         self.start, self.origin = t, y
         self.parts = max(event.parts for event in events)
         self.direction = torch.tensor([event.direction for event in events], device=y.device)
@@ -130,7 +134,8 @@ class Lookout:
     def _started(self, who: Tensor, live: Tensor, h: Tensor, seen: Tensor) -> Tensor:
         """The values, with zero where a sample starts at an event."""
         fresh = self._fresh[who]
-        small = _ROUNDING * torch.finfo(seen.dtype).eps * seen.abs().amax(0)
+        rate = (seen - seen[0]).abs().amax(0) / h.abs().to(seen.dtype)
+        small = _ROUNDING * torch.finfo(seen.dtype).eps * rate * self.span[who].abs().to(seen.dtype)
         seen[0] = torch.where(fresh & (seen[0].abs() <= small), 0, seen[0])
         self._fresh[who] = fresh & ~(live[:, None] & (h != 0))
         return seen

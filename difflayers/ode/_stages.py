@@ -116,13 +116,13 @@ class Stages:
         _, before, weights, _ = self._plan[i]
         if isinstance(h, Tensor):
             return torch.addcmul(y, torch.mv(before, weights).view(self._shape), h.to(y.dtype))
-        return torch.addmv(y.view(-1), before, weights, alpha=h).view(self._shape)
+        return torch.addmv(y.reshape(-1), before, weights, alpha=h).view(self._shape)
 
     def _fill(self, t: Time, y: Tensor, h: Time, first: int, end: int) -> Tensor:
         """Evaluate some stages; the point of the last one."""
         if isinstance(h, Tensor) or isinstance(t, Tensor):
             return self._fill_rows(t, y, h, first, end)
-        flat, shape, dtype, device, evaluate = y.view(-1), self._shape, y.dtype, y.device, self.evaluate
+        flat, shape, dtype, device, evaluate = y.reshape(-1), self._shape, y.dtype, y.device, self.evaluate
         point, addmv, scalar = y, torch.addmv, torch.scalar_tensor
         for slot, before, weights, c in self._plan[first:end]:
             point = addmv(flat, before, weights, alpha=h).view(shape)
