@@ -259,8 +259,8 @@ def cotangents(
     """The gradient of every parameter in ``wanted``, None for the others: ``(∂F/∂θ)ᵀ u`` with ``Jᵀu = -cotangent``."""
     if torch.is_grad_enabled() and not in_functorch():
         call.refuse_higher_order()
-    rule = _on_graph if torch.is_grad_enabled() or in_functorch() else _from_one_tape
-    with without_autocast(value.device), _without_failed(call, status, params) as params:
+    rule = _on_graph if torch.is_grad_enabled() or in_functorch() else _at_once
+    with without_autocast(value.device), _without_failed(value, status, params) as (value, *params):
         cotangent = torch.where(widen(has_answer(status), cotangent), cotangent, 0)
         pulled = rule(call, value, params, cotangent, wanted) if wanted else ()
     gradients: list[Tensor | None] = [None] * len(params)
@@ -278,16 +278,18 @@ def _on_graph(
     return pull(_partial(call.problem, params, wanted, value), [params[i] for i in wanted])(u)
 
 
-def _from_one_tape(
+def _at_once(
     call: _Call, value: Tensor, params: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[int]
-) -> tuple[Tensor | None, ...]:
+) -> Sequence[Tensor | None]:
     """The same for a plain first derivative: one linearization serves the system and the parameters."""
-    tape = Tape(_partial(call.problem, params, wanted), [value, *[params[i] for i in wanted]])
     residual = call.problem.bind(*params)
-    residual.pullback = lambda u: tape.pull(u, slice(0, 1))
+    pullback = call.problem.pullback(residual, value, wanted)
+    if pullback is None:
+        tape = Tape(_partial(call.problem, params, wanted), [value, *[params[i] for i in wanted]])
+        residual.pullback = lambda u: tape.pull(u, slice(0, 1))
     system = call.linear("adjoint", value, residual)
     u = system.run((cotangent, value, *params), torch.zeros_like(cotangent)).value
-    return tape.pull(u, slice(1, None))
+    return pullback(u) if pullback else tape.pull(u, slice(1, None))
 
 
 def pushed(
@@ -295,7 +297,7 @@ def pushed(
 ) -> Tensor:
     """The tangent ``w`` of the answer: ``Jw = -Σ ∂F/∂θ · dθ``."""
     moving = [i for i, t in enumerate(tangents) if t is not None and params[i].is_floating_point()]
-    with without_autocast(value.device):
+    with without_autocast(value.device), _without_failed(value, status, params) as (value, *params):
         b = push(
             _partial(call.problem, params, moving, value),
             [params[i] for i in moving],
@@ -321,19 +323,19 @@ def _partial(
 
 
 @contextlib.contextmanager
-def _without_failed(call: _Call, status: Tensor, params: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Parameters, and a tape, on which samples without an answer can't poison the others.
+def _without_failed(value: Tensor, status: Tensor, params: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """The answer and parameters, and a tape, on which samples without an answer can't poison the others.
 
     Their cotangent is zero, but zero times NaN is NaN, and a shared parameter's gradient sums over samples. So what
     isn't finite becomes finite: in the parameters, and (in eager mode, where hooks exist) in what the tape saves.
     """
     if in_functorch():
-        yield [torch.where(p.isfinite(), p, 0) if p.is_floating_point() else p for p in params]
+        yield [_finite(t) for t in (value, *params)]
     elif bool(has_answer(status).all()):
-        yield params
+        yield value, *params
     else:
         with torch.autograd.graph.saved_tensors_hooks(_finite, lambda t: t):
-            yield [_finite(p) for p in params]
+            yield [_finite(t) for t in (value, *params)]
 
 
 def _finite(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from difflayers._autodiff import Pullback, in_functorch, pull
 from difflayers.errors import ProblemError
 from difflayers.linear import JacobianOperator, LinearOperator, Property
 
-Form = Literal["root", "fixed_point", "minimize", "least_squares", "qp", "cone", "ode"]
+Form = Literal["root", "fixed_point", "minimize", "least_squares", "qp", "cone", "ode", "dae"]
 
 
 class Residual:
@@ -128,6 +128,15 @@ class Problem(ABC):
     def jacobian(self, residual: Residual, z: Tensor) -> LinearOperator:
         """``∂F/∂z`` at ``z``, by autodiff products unless the problem knows better."""
         return JacobianOperator(residual.untracked, z, self.batch_dims, self.properties, residual.pullback)
+
+    def pullback(
+        self, residual: Residual, z: Tensor, wanted: Sequence[int]
+    ) -> Callable[[Tensor], Sequence[Tensor | None]] | None:
+        """``u -> (∂F/∂param)ᵀu`` for the wanted params, where the problem knows better than autodiff; else None.
+
+        For first derivatives: ``residual`` is bound to the params, and nothing is differentiated through.
+        """
+        return None
 
     def started(self, z: Tensor, value: Tensor) -> Problem:
         """The same condition, with ``F(z)`` known for the parameters that it will be bound to; may ignore it."""

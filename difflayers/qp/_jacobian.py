@@ -72,38 +72,44 @@ class OptimalityJacobian(LinearOperator):
 
 
 class Inverse(LinearOperator):
-    """The inverse of :class:`OptimalityJacobian`, from the factored system of the active rows."""
+    """The inverse of :class:`OptimalityJacobian`, or of its transpose, from the factored system of the active rows."""
 
-    def __init__(self, reduced: Reduced, like: Tensor, batch_dims: int) -> None:
+    def __init__(self, reduced: Reduced, like: Tensor, batch_dims: int, transposes: bool = False) -> None:
         self.like, self.batch_dims, self.properties = like, batch_dims, frozenset()
-        self.reduced = reduced
+        self.reduced, self._transposes = reduced, transposes
+
+    @property
+    def transpose(self) -> Inverse:
+        return Inverse(self.reduced, self.like, self.batch_dims, not self._transposes)
 
     def apply(self, x: Tensor) -> Tensor:
-        # Inactive rows: C x - v = r, once x is known.
-        first, equations, inequalities = self._parts(x)
-        dx, dy, dz = self.reduced.solve(first, equations, inequalities)
-        idle = self.reduced.products(dx) - inequalities
-        return self._packed(x, dx, dy, torch.where(self.reduced.active, dz, idle))
+        return self.solve(x)[0]
 
     def apply_transpose(self, x: Tensor) -> Tensor:
-        # Inactive rows: -u = r, which the first block then knows.
-        first, equations, inequalities = self._parts(x)
-        idle = torch.where(self.reduced.active, 0, inequalities)
-        ux, uy, uz = self.reduced.solve(first + self.reduced.pulled(idle), equations, inequalities)
-        return self._packed(x, ux, uy, torch.where(self.reduced.active, uz, -idle))
+        return self.transpose.apply(x)
 
-    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        layout = self.reduced.layout
-        rows = x.reshape(self.samples, self.size).to(self.reduced.dtype)
-        return tuple(rows.split((layout.n, layout.p, layout.inequalities), dim=-1))
-
-    def _packed(self, like: Tensor, *parts: Tensor) -> Tensor:
-        return torch.cat(parts, dim=-1).to(like.dtype).reshape(like.shape)
+    def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """The solution to rounding, and the norm of what it leaves of ``rhs``, ``(*batch,)``."""
+        layout, system = self.reduced.layout, self.reduced
+        rows = rhs.reshape(self.samples, self.size).to(system.dtype)
+        first, equations, inequalities = rows.split((layout.n, layout.p, layout.inequalities), dim=-1)
+        if self._transposes:
+            # Idle rows: -u = r, which the first block then knows.
+            idle = torch.where(system.active, 0, inequalities)
+            found = system.solved(first + system.pulled(idle), equations, inequalities)
+            others = -idle
+        else:
+            # Idle rows: C x - v = r, once x is known.
+            found = system.solved(first, equations, inequalities)
+            others = -found.slack
+        x = torch.cat([found.x, found.y, torch.where(system.active, found.z, others)], dim=-1)
+        left = found.left(system.active).norm(dim=-1)
+        return x.to(rhs.dtype).reshape(rhs.shape), left.to(rhs.dtype).reshape(rhs.shape[:-1])
 
 
 @dataclass(frozen=True)
 class ActiveSetSolve(LinearSolver):
-    """Solves with the factored inverse of an :class:`OptimalityJacobian`, refined once.
+    """Solves with the factored inverse of an :class:`OptimalityJacobian`.
 
     Where that is singular it gives the least-squares solution of least norm.
     """
@@ -112,9 +118,6 @@ class ActiveSetSolve(LinearSolver):
         return Factor(operator, operator.inverse)
 
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
-        operator, inverse = (o.transpose if transpose else o for o in (factor.operator, factor.data))
-        x = inverse.apply(rhs)
-        rest = rhs - operator.apply(x)
-        x = x + inverse.apply(rest)
-        status = torch.where(x.isfinite().all(-1), int(Status.SUCCESS), int(Status.NONFINITE))
-        return LinearSolution(x, status.to(torch.int8), rest.norm(dim=-1), torch.ones_like(status))
+        x, left = (factor.data.transpose if transpose else factor.data).solve(rhs)
+        status = torch.where(x.sum(-1).isfinite(), int(Status.SUCCESS), int(Status.NONFINITE))
+        return LinearSolution(x, status.to(torch.int8), left, torch.ones_like(status))

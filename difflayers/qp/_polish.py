@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from difflayers._arrays import widen
 from difflayers.qp._data import Data
 from difflayers.qp._proximal import proximal
 from difflayers.qp._reduced import Patched, Reduced
@@ -26,6 +27,8 @@ class Polished(NamedTuple):
     y: Tensor
     z: Tensor  # of all inequalities, (samples, rows)
     active: Tensor
+    slack: Tensor
+    violation: Tensor  # of the optimality conditions, (samples,)
     verified: Tensor  # (samples,)
     reduced: Reduced
 
@@ -42,17 +45,17 @@ def polished(data: Data, active: Tensor, start: tuple[Tensor, Tensor, Tensor], r
     wrong = ~first.verified
     if data.sparse:
         return _sparsely(data, first, start, rounds)
-    mended = _corrected(data.rows(wrong), active[wrong], first.z[wrong], first.x[wrong], rounds)
-    return _patched(first, wrong, _on(data.rows(wrong), mended))
+    active, x, z, slack = (t[wrong] for t in (first.active, first.x, first.z, first.slack))
+    return _patched(first, wrong, _corrected(data.rows(wrong), active, x, z, slack, rounds))
 
 
 def _patched(first: Polished, wrong: Tensor, mended: Polished) -> Polished:
     """The samples that were wrong replaced; what was factored for the others stays."""
     if bool(wrong.all()):
         return mended
-    old, new = first[:5], mended[:5]
-    x, y, z, active, verified = (a.index_put((wrong,), b) for a, b in zip(old, new, strict=True))
-    return Polished(x, y, z, active, verified, Patched(first.reduced, wrong, mended.reduced))
+    old, new = first[:7], mended[:7]
+    x, y, z, active, slack, violation, verified = (a.index_put((wrong,), b) for a, b in zip(old, new, strict=True))
+    return Polished(x, y, z, active, slack, violation, verified, Patched(first.reduced, wrong, mended.reduced))
 
 
 def _sparsely(data: Data, first: Polished, start: tuple[Tensor, Tensor, Tensor], rounds: int) -> Polished:
@@ -61,7 +64,7 @@ def _sparsely(data: Data, first: Polished, start: tuple[Tensor, Tensor, Tensor],
         wrong = ~first.verified & ~first.reduced.degenerate
         if not bool(wrong.any()):
             break
-        errors = signed_errors(data, first.x, first.z, first.active) * wrong[:, None]
+        errors = signed_errors(first.active, data.limits, first.x, first.z, first.slack) * wrong[:, None]
         first = _on(data, first.active ^ (errors > 0), first.reduced)
     return first if bool(first.verified.all()) else _proximally(data, first, start, rounds)
 
@@ -73,18 +76,19 @@ def _proximally(data: Data, first: Polished, start: tuple[Tensor, Tensor, Tensor
     x, y, z = (t[wrong] for t in start)
     x, y, z, active = proximal(part, x, y, z, 3 * rounds)
     exact = _on(data, first.active.index_put((wrong,), active), first.reduced)
-    for new, near in ((exact.x, x), (exact.y, y), (exact.z, z)):
-        new[wrong] = torch.where(exact.verified[wrong, None], new[wrong], near)
-    violation = part.violation(x, y, z, part.limits - part.products(x))
+    slack = part.limits - part.products(x)
+    violation = part.violation(x, y, z, slack)
+    found, near = (exact.x, exact.y, exact.z, exact.slack, exact.violation), (x, y, z, slack, violation)
+    for new, other in zip(found, near, strict=True):
+        new[wrong] = torch.where(widen(exact.verified[wrong], other), new[wrong], other)
     exact.verified[wrong] |= violation <= VIOLATION * (1 + part.magnitude)
     return exact
 
 
-def _corrected(data: Data, active: Tensor, z: Tensor, x: Tensor, rounds: int) -> Tensor:
-    active = active.clone()
-    going = torch.arange(len(active), device=active.device)
+def _corrected(whole: Data, active: Tensor, x: Tensor, z: Tensor, slack: Tensor, rounds: int) -> Polished:
+    data, going = whole, torch.arange(len(active), device=active.device)
     for count in range(rounds):
-        errors = signed_errors(data, x, z, active[going])
+        errors = signed_errors(active[going], data.limits, x, z, slack)
         if count >= TOGETHER:
             errors = torch.where(errors == errors.amax(-1, keepdim=True), errors, 0)
         active[going] = active[going] ^ (errors > 0)
@@ -92,27 +96,27 @@ def _corrected(data: Data, active: Tensor, z: Tensor, x: Tensor, rounds: int) ->
         left = ~trial.verified
         if not bool(left.any()):
             break
-        data, going, z, x = data.rows(left), going[left], trial.z[left], trial.x[left]
-    return active
+        data, going = data.rows(left), going[left]
+        x, z, slack = trial.x[left], trial.z[left], trial.slack[left]
+    return trial if len(trial.active) == len(active) else _on(whole, active)
 
 
 def _on(data: Data, active: Tensor, before: Reduced | None = None) -> Polished:
     system = reduced(data, active, before)
     empty = data.q.new_zeros(*active.shape[:1], 0)
     b = empty if data.b is None else data.b.expand(len(active), -1)
-    x, y, z = system.refined(-data.q.expand(len(active), -1), b, data.limits.expand_as(active))
-    finite = (x.sum(-1) + z.sum(-1)).isfinite()
-    verified = finite & ~signed_errors(data, x, z, active).any(-1)
-    if bool(system.degenerate.any()):  # least squares may solve what has no solution
-        violation = data.violation(x, y, z, data.limits - data.products(x))
-        verified = verified & ~(system.degenerate & (violation > VIOLATION * (1 + data.magnitude)))
-    return Polished(x, y, z, active, verified, system)
-
-
-def signed_errors(data: Data, x: Tensor, z: Tensor, active: Tensor) -> Tensor:
-    """By how much multipliers of active rows and slacks of the others are negative, beyond rounding; else zero."""
     limits = data.limits.expand_as(active)
-    slack = limits - data.products(x)
+    solved = system.solved(-data.q.expand(len(active), -1), b, limits)
+    x, y, z, slack = solved.x, solved.y, solved.z, solved.slack
+    violation = solved.violation
+    verified = ~signed_errors(active, limits, x, z, slack).any(-1)
+    # Least squares, or rows that nearly depend on each other, may solve what has no solution.
+    verified = verified & (violation <= VIOLATION * (1 + data.magnitude))
+    return Polished(x, y, z, active, slack, violation, verified, system)
+
+
+def signed_errors(active: Tensor, limits: Tensor, x: Tensor, z: Tensor, slack: Tensor) -> Tensor:
+    """By how much multipliers of active rows and slacks of the others are negative, beyond rounding; else zero."""
     size = 1 + torch.where(limits.isfinite(), limits, 0).abs() + x.abs().amax(-1, keepdim=True)
     scale = torch.where(active, 1 + z.abs().amax(-1, keepdim=True), size) if z.shape[-1] else size
     negative = torch.where(active, -z, -slack)

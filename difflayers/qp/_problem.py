@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from difflayers._problem import Form, Problem, Residual
 from difflayers.linear import LinearOperator, Property
 from difflayers.qp._data import MATRICES, Data, Point, times, transposed
 from difflayers.qp._jacobian import OptimalityJacobian
+from difflayers.qp._pullback import gradients
 from difflayers.qp._sparse import Pattern, Sparse
 
 
@@ -94,9 +95,12 @@ class QPProblem(Problem):
         return Conditions(self.data(params), self)
 
     def jacobian(self, residual: Residual, z: Tensor) -> LinearOperator:
-        if not isinstance(residual, Conditions):
-            raise TypeError(f"expected the residual that bind() made, got {type(residual).__name__}")
-        return OptimalityJacobian(residual.data, z, self.batch_dims)
+        return OptimalityJacobian(_data_of(residual), z, self.batch_dims)
+
+    def pullback(self, residual: Residual, z: Tensor, wanted: Sequence[int]) -> Callable[[Tensor], Sequence[Tensor]]:
+        data, names = _data_of(residual), [self.blocks[i] for i in wanted]
+        point, layout = data.layout.split(z), data.layout
+        return lambda u: gradients(data, point, layout.split(u), names)
 
     def vmapped(self, in_dims: tuple[int | None, ...], randomness: str) -> Problem:
         return replace(self, batch_dims=self.batch_dims + 1, maps=(*self.maps, in_dims), known=None)
@@ -107,6 +111,12 @@ class QPProblem(Problem):
         event = 2 if name in MATRICES and name not in self.patterns else 1
         levels = [in_dims[index] for in_dims in self.maps]
         return param.reshape(_aligned_shape(tuple(param.shape), levels, event, self.batch_dims))
+
+
+def _data_of(residual: Residual) -> Data:
+    if not isinstance(residual, Conditions):
+        raise TypeError(f"expected the residual that bind() made, got {type(residual).__name__}")
+    return residual.data
 
 
 def _aligned_shape(

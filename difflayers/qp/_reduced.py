@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from difflayers.qp._data import Data, cholesky, times, transposed
+
+# What Cholesky factorizations of well-conditioned systems leave, in units of rounding.
+ROUNDING = 64
+
+
+class Solved(NamedTuple):
+    """A solution of the reduced system, and what it leaves of the right-hand sides."""
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    gradient: Tensor
+    equations: Tensor
+    slack: Tensor  # of all inequalities, active or not
+    exact: bool  # whether that is no more than rounding
+
+    def left(self, active: Tensor) -> Tensor:
+        """All that is left, ``(samples, n + p + rows)``: of inequalities, in active rows."""
+        return torch.cat([self.gradient, self.equations, torch.where(active, self.slack, 0)], dim=-1)
+
+    @property
+    def violation(self) -> Tensor:
+        """The largest violation of an optimality condition, ``(samples,)``."""
+        # min(z, slack) = 0 says that neither is negative, and that one is zero.
+        parts = [self.gradient, self.equations, torch.minimum(self.z, self.slack)]
+        return torch.cat(parts, dim=-1).abs().amax(-1)
 
 
 class Reduced:
@@ -40,15 +68,28 @@ class Reduced:
         y, picked = multipliers.split((self.layout.p, self._index.shape[1]), dim=-1)
         return x, y, torch.zeros_like(inequalities).scatter_add(-1, self._index, picked * self._mask)
 
-    def refined(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`solve`, and once more for what is left."""
-        x, y, z = self.solve(first, equations, inequalities)
-        rest = first - times(self.data.P, x) - self.pulled(z)
+    def solved(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> Solved:
+        """:meth:`solve` to rounding: once more for what is left, where that is more."""
+        sides = first, equations, inequalities
+        x, y, z = self.solve(*sides)
+        found = self._left(sides, x, y, z)
+        if found.exact:
+            return found
+        dx, dy, dz = self.solve(found.gradient, found.equations, found.slack)
+        return self._left(sides, x + dx, y + dy, z + dz)
+
+    def _left(self, sides: tuple[Tensor, Tensor, Tensor], x: Tensor, y: Tensor, z: Tensor) -> Solved:
+        first, equations, inequalities = sides
+        terms = [times(self.data.P, x), self.pulled(z)]
+        products, reached = self.products(x), equations
+        gradient = first - terms[0] - terms[1]
         if self.data.A is not None:
-            rest = rest - transposed(self.data.A, y)
-            equations = equations - times(self.data.A, x)
-        dx, dy, dz = self.solve(rest, equations, inequalities - self.products(x))
-        return x + dx, y + dy, z + dz
+            terms.append(transposed(self.data.A, y))
+            gradient, reached = gradient - terms[2], times(self.data.A, x)
+        equations, slack = equations - reached, inequalities - products
+        exact = _is_rounding([gradient], [first, *terms])
+        rows = [equations, torch.where(self.active, slack, 0)]
+        return Solved(x, y, z, gradient, equations, slack, exact and _is_rounding(rows, [sides[1], reached, products]))
 
     def products(self, x: Tensor) -> Tensor:
         """``Cx`` for all inequalities."""
@@ -146,6 +187,15 @@ class Patched(Reduced):
         whole, part = self._base.solve(*sides), self._part.solve(*[side[self._again] for side in sides])
         x, y, z = (old.index_put((self._again,), new) for old, new in zip(whole, part, strict=True))
         return x, y, z
+
+
+def _is_rounding(left: list[Tensor], terms: list[Tensor]) -> bool:
+    """Whether what is left is rounding of its terms in every sample."""
+    rest, size = (torch.cat(parts, dim=-1) for parts in (left, terms))
+    if rest.shape[-1] == 0:
+        return True
+    tolerance = ROUNDING * torch.finfo(rest.dtype).eps * size.abs().amax(-1)
+    return not bool((rest.abs().amax(-1) > tolerance).any())
 
 
 def _positions(active: Tensor) -> tuple[Tensor, Tensor]:

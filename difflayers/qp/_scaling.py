@@ -1,4 +1,4 @@
-"""Rows of unit length and an objective of size one: the same problem, easier to judge."""
+"""Unknowns, rows and objective in units in which they are about one: the same problem, easier to judge."""
 
 from __future__ import annotations
 
@@ -7,56 +7,147 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from difflayers.qp._data import Data
+from difflayers.qp._data import Data, Matrix
+from difflayers.qp._sparse import Sparse
 
-# Within this factor of one nothing needs scaling.
-_MODERATE = 1e3
+# Within this factor of one nothing needs scaling; beyond the other, what is small in absolute terms says nothing.
+_MODERATE, _MISLEADING = 1e3, 1e4
+_SWEEPS = 8
 
 
 class Scaling:
-    """A dense problem, ``(P, q)`` divided by its largest entry, rows of ``G`` and ``A`` by their lengths; the way back.
+    """A problem in ``u = x/D``, ``(P, q)`` divided by its largest entry, rows by their lengths; the way back.
+
+    All by powers of two, so that it is the same problem to the last bit.
 
     Attributes:
-        data: the scaled problem; its minimizer is that of the original.
+        data: the scaled problem.
         severe: whether some size was far from one.
     """
 
     def __init__(self, data: Data, samples: int) -> None:
-        layout, sizes = data.layout, [data.q.abs().amax(-1).expand(samples)]
-        if data.P is not None:
-            sizes.append(data.P.abs().amax((-2, -1)).expand(samples))
-        self._objective = _sized(torch.stack(sizes).amax(0))[:, None]
-        G, A = (None if m is None else _sized(m.norm(dim=-1)) for m in (data.G, data.A))
-        unit = data.q.new_ones(samples, layout.low + layout.high)
-        rows = data.q.new_ones(samples, 0) if G is None else G.expand(samples, -1)
-        self._rows = torch.cat([rows, unit], dim=-1)
-        self._equations = data.q.new_ones(samples, 0) if A is None else A.expand(samples, -1)
+        layout = data.layout
+        self._columns = _columns(data, samples)
+        data = _in_units(data, self._columns)
+        self._objective = _sized(_objective(data).expand(samples))[:, None]
+        none = data.q.new_ones(samples, 0)
+        G, A = (none if m is None else _sized(_lengths(m)).expand(samples, -1) for m in (data.G, data.A))
+        # A bound on u is a row of length one already: that on x, in its unit.
+        self._rows = torch.cat([G, *[self._columns] * (bool(layout.low) + bool(layout.high))], dim=-1)
+        self._equations = A
+        units = 1 / self._objective
         self.data = replace(
             data,
-            P=None if data.P is None else data.P / self._objective[..., None],
-            q=data.q / self._objective,
-            **_divided("G", "h", data, G),
-            **_divided("A", "b", data, A),
+            P=None if data.P is None else _scaled(data.P, units, torch.ones_like(units)),
+            q=data.q * units,
+            G=None if data.G is None else _scaled(data.G, 1 / G, torch.ones_like(units)),
+            h=None if data.h is None else data.h / G,
+            A=None if data.A is None else _scaled(data.A, 1 / A, torch.ones_like(units)),
+            b=None if data.b is None else data.b / A,
         )
-        every = torch.cat([self._objective, self._rows, self._equations], dim=-1)
+        every = torch.cat([self._objective, self._rows, self._equations, self._columns], dim=-1)
         self.severe = bool((every.log().abs() > torch.tensor(_MODERATE).log()).any())
+
+    def point(self, u: Tensor) -> Tensor:
+        """The ``x`` of the original problem."""
+        return self._columns * u
 
     def multipliers(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the original problem."""
         return self._objective * y / self._equations, self._objective * z / self._rows
 
+    def violation(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        """How far the conditions of the scaled problem are from holding at a point of the original one."""
+        x, y, z = x / self._columns, y * self._equations / self._objective, z * self._rows / self._objective
+        return self.data.violation(x, y, z, self.data.limits - self.data.products(x))
+
     def proof(self, proof: Tensor) -> Tensor:
         """That of the original problem, from :func:`~difflayers.qp._certificates.certified`."""
-        sides = torch.cat([self._equations, self._rows], dim=-1)
-        n = proof.shape[-1] - sides.shape[-1]
-        return torch.cat([proof[:, :n], proof[:, n:] / sides], dim=-1)
+        units = torch.cat([self._columns, 1 / self._equations, 1 / self._rows], dim=-1)
+        return proof * units
+
+
+def misleading(data: Data, samples: int) -> Tensor:
+    """In which samples a row of ``G`` or ``A`` or the objective is of a size far from one, ``(samples,)``."""
+    found = torch.zeros(samples, dtype=torch.bool, device=data.q.device)
+    for sizes in (_objective(data)[..., None], *[_lengths(m) for m in (data.G, data.A) if m is not None]):
+        outside = (sizes > _MISLEADING) | (sizes < 1 / _MISLEADING)
+        found = found | (outside & (sizes > 0)).any(-1)
+    return found
+
+
+def _columns(data: Data, samples: int) -> Tensor:
+    """Units of the unknowns, by Ruiz's equilibration (2001, RAL-TR-2001-034) of ``P`` and the rows; on average one."""
+    d, one = data.q.new_ones(samples, data.layout.n), data.q.new_ones(1)
+    matrices = [m for m in (data.G, data.A) if m is not None and m.shape[-2]]
+    for _ in range(_SWEEPS):
+        sizes = torch.zeros_like(d)
+        for reached in (_scaled(m, one, d) for m in matrices):
+            rows = _scaled(reached, 1 / _sized(_largest(reached, -1)), one)
+            sizes = torch.maximum(sizes, _largest(rows, -2))
+        if data.P is not None:
+            curved = _largest(_scaled(data.P, d, d), -2)
+            sizes = torch.maximum(sizes, curved / _sized(curved.amax(-1, keepdim=True)))
+        d = d / _sized(sizes).sqrt()
+        d = d / d.log().mean(-1, keepdim=True).exp()
+    return _sized(d)
+
+
+def _in_units(data: Data, d: Tensor) -> Data:
+    """The problem in ``u = x/d``."""
+    one = d.new_ones(1)
+    return replace(
+        data,
+        P=None if data.P is None else _scaled(data.P, d, d),
+        q=data.q * d,
+        G=None if data.G is None else _scaled(data.G, one, d),
+        A=None if data.A is None else _scaled(data.A, one, d),
+        lb=None if data.lb is None else data.lb / d,
+        ub=None if data.ub is None else data.ub / d,
+    )
+
+
+def _objective(data: Data) -> Tensor:
+    """The largest entry of ``q`` and, as that is on the diagonal of a semidefinite matrix, of ``P``."""
+    size = data.q.abs().amax(-1)
+    if data.P is None or not data.P.numel():
+        return size
+    own = _largest(data.P, -1) if isinstance(data.P, Sparse) else data.P.diagonal(dim1=-2, dim2=-1)
+    return torch.maximum(size, own.amax(-1))
+
+
+def _scaled(matrix: Matrix, rows: Tensor, columns: Tensor) -> Matrix:
+    """Times the diagonals of ``rows`` and ``columns``; one entry stands for all."""
+    if not isinstance(matrix, Sparse):
+        return matrix * rows[..., :, None] * columns[..., None, :]
+    pattern = matrix.pattern
+    left, right = (
+        factor if factor.shape[-1] == 1 else factor[..., place]
+        for factor, place in ((rows, pattern.rows), (columns, pattern.columns))
+    )
+    return matrix.map(lambda values: values * left * right)
+
+
+def _largest(matrix: Matrix, dim: int) -> Tensor:
+    """The largest absolute value in every row (``dim`` is -1) or column (-2)."""
+    if not isinstance(matrix, Sparse):
+        return matrix.abs().amax(dim)
+    place = matrix.pattern.rows if dim == -1 else matrix.pattern.columns
+    values = matrix.values.abs()
+    found = values.new_zeros(*values.shape[:-1], matrix.shape[-3 - dim])
+    return found.scatter_reduce(-1, place.expand_as(values), values, "amax")
+
+
+def _lengths(matrix: Matrix) -> Tensor:
+    """The Euclidean length of every row."""
+    if not isinstance(matrix, Sparse):
+        return torch.linalg.vector_norm(matrix, dim=-1)
+    squares = matrix.values.square()
+    found = squares.new_zeros(*squares.shape[:-1], matrix.shape[-2])
+    return found.index_add(-1, matrix.pattern.rows, squares).sqrt()
 
 
 def _sized(size: Tensor) -> Tensor:
-    return torch.where(size > 0, size, 1)
-
-
-def _divided(matrix: str, side: str, data: Data, size: Tensor | None) -> dict[str, Tensor]:
-    if size is None:
-        return {}
-    return {matrix: getattr(data, matrix) / size[..., None], side: getattr(data, side) / size}
+    """A power of two near it: rounding would give a singular ``P`` some curvature."""
+    size = torch.where(size > 0, size, 1)
+    return size / torch.frexp(size).mantissa

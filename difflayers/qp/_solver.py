@@ -18,8 +18,7 @@ from difflayers.qp._data import Data
 from difflayers.qp._jacobian import Inverse
 from difflayers.qp._polish import Polished, polished
 from difflayers.qp._problem import QPProblem
-from difflayers.qp._reduced import Reduced
-from difflayers.qp._scaling import Scaling
+from difflayers.qp._scaling import Scaling, misleading
 
 
 class Answers(NamedTuple):
@@ -49,7 +48,7 @@ class QPSolver(Solver):
     """
 
     serves: ClassVar[frozenset[Form]] = frozenset({"qp"})
-    accuracy: ClassVar[float] = 1e-7
+    accuracy: ClassVar[float] = 1e-8
     sparse: ClassVar[bool] = False  # whether its backend takes sparse matrices; the others get dense ones
 
     @abstractmethod
@@ -87,18 +86,18 @@ class Work:
         self.steps = torch.zeros_like(self.status)
         self.degenerate = torch.zeros_like(self.status, dtype=torch.bool)
         self.exact = torch.zeros_like(self.degenerate)
-        self.reduced: Reduced | None = None  # of all samples, if all were verified at once
+        self.whole: Polished | None = None  # of all samples, if all were verified at once
 
     def run(self, guess: Tensor | None) -> None:
         finite, consistent = self.data.finite(self.samples), self.data.consistent(self.samples)
         self.status[~consistent] = int(Status.INFEASIBLE)
         self.status[~finite] = int(Status.NONFINITE)
         going = finite & consistent
-        if guess is not None:
-            going = going & ~self._warm(going, guess)
+        self.unclear = going & misleading(self.data, self.samples)
+        left = going if guess is None else going & ~self._warm(going, guess)
         backend, *others = self.solver.choices(self.data)
-        if bool(going.any()):
-            self._cold(going, backend)
+        if bool(left.any()):
+            self._cold(left, backend)
         self._judge()
         if bool(self._open(going).any()):
             self._ask([backend, *others], going)
@@ -130,8 +129,9 @@ class Work:
     def _take(self, samples: Tensor, exact: Polished) -> Tensor:
         """Take over what was verified; which samples that are."""
         if bool(exact.verified.all()) and len(exact.verified) == self.samples:
-            self.x, self.y, self.z, self.active, _, self.reduced = exact
-            self.degenerate, self.exact = self.reduced.degenerate, exact.verified
+            self.whole = exact
+            self.x, self.y, self.z, self.active = exact[:4]
+            self.degenerate, self.exact = exact.reduced.degenerate, exact.verified
             return samples
         right = samples.index_put((samples.clone(),), exact.verified)
         for name in ("x", "y", "z", "active"):
@@ -144,9 +144,9 @@ class Work:
 
     def _ask(self, backends: Sequence[QPSolver], going: Tensor) -> None:
         """Ask the first backend again where bad scaling may have misled it, then the others, about what is open."""
-        self.reduced = None
+        self.whole = None
         left = self._open(going)
-        if not self.data.sparse and Scaling(self._part(left), int(left.sum())).severe:
+        if bool(self.unclear.any()) or Scaling(self._part(left), int(left.sum())).severe:
             # In these units a small residual says little.
             self.status[left & (self.status == int(Status.SUCCESS))] = int(Status.STALLED)
         else:
@@ -155,19 +155,20 @@ class Work:
             left = self._open(going)
             if bool(left.any()):
                 self._adopt(left, backend)
-        self.residual = self._violation()
+        self._measure()
+        self.status[(self.status == int(Status.SUCCESS)) & ~self._right()] = int(Status.STALLED)
 
     def _adopt(self, left: Tensor, backend: QPSolver) -> None:
         """Take over what another backend settles of the scaled problem, and what it solves if nobody did."""
         part, count = self._part(left), int(left.sum())
-        scaling = None if part.sparse else Scaling(part, count)
-        work = Work(backend, part if scaling is None else scaling.data, count)
+        scaling = Scaling(part, count)
+        work = Work(backend, scaling.data, count)
         work.run(None)
         solved = self.status[left] == int(Status.SUCCESS)
         better = ~work._open(torch.ones_like(solved)) | ((work.status == int(Status.SUCCESS)) & ~solved)
-        if scaling is not None:
-            work.y, work.z = scaling.multipliers(work.y, work.z)
-            work.proofs = scaling.proof(work.proofs)
+        work.x = scaling.point(work.x)
+        work.y, work.z = scaling.multipliers(work.y, work.z)
+        work.proofs = scaling.proof(work.proofs)
         here = left.index_put((left.clone(),), better)
         for name in ("x", "y", "z", "active", "status", "steps", "degenerate", "exact", "proofs"):
             getattr(self, name)[here] = getattr(work, name)[better]
@@ -176,48 +177,62 @@ class Work:
         """Which of these samples are neither solved exactly nor proved to have no solution."""
         return going & ~self.exact & ~self._proved()
 
-    def _violation(self) -> Tensor:
-        return self.data.violation(self.x, self.y, self.z, self.limits - self.data.products(self.x))
+    def _measure(self) -> None:
+        if self.whole is not None:
+            self.slack, self.residual = self.whole.slack, self.whole.violation
+        else:
+            self.slack = self.limits - self.data.products(self.x)
+            self.residual = self.data.violation(self.x, self.y, self.z, self.slack)
 
     def _judge(self) -> None:
         """The statuses that the conditions, and proofs that there is no solution, allow."""
-        self.residual = self._violation()
-        right = self.residual <= self.solver.accuracy * (1 + self.data.magnitude)
+        self._measure()
+        right = self._right()
         answered, success = has_answer(self.status), self.status == int(Status.SUCCESS)
         self.status[answered & right] = int(Status.SUCCESS)
-        self.status[success & ~right] = int(Status.STALLED)
+        misled = self.unclear & ~right
+        self.status[(success & ~right) | misled], self.exact = int(Status.STALLED), self.exact & ~misled
         self.proofs = self.x.new_zeros(self.samples, sum(self.data.layout.sizes))
-        doubtful = (self.status != int(Status.SUCCESS)) & (self.status != int(Status.NONFINITE))
+        doubtful = (self.status != int(Status.SUCCESS)) & (self.status != int(Status.NONFINITE)) & ~misled
         if bool(doubtful.any()):
             self.status[doubtful], self.proofs[doubtful] = certified(self._part(doubtful), self.status[doubtful])
+
+    def _right(self) -> Tensor:
+        """Where the conditions hold, in units of about one too if these may mislead."""
+        right = self.residual <= self.solver.accuracy * (1 + self.data.magnitude)
+        if bool(self.unclear.any()):
+            unclear = self.unclear
+            scaling = Scaling(self._part(unclear), int(unclear.sum()))
+            violation = scaling.violation(self.x[unclear], self.y[unclear], self.z[unclear])
+            right[unclear] &= violation <= self.solver.accuracy * (1 + scaling.data.magnitude)
+        return right
 
     def _proved(self) -> Tensor:
         return (self.status == int(Status.INFEASIBLE)) | (self.status == int(Status.UNBOUNDED))
 
     def solution(self, init: Tensor, batch_dims: int) -> Solution:
-        slack = self.limits - self.data.products(self.x)
         stats = {
             "steps": self.steps,
             "residual": self.residual,
-            "margin": self._margin(slack),
+            "margin": self._margin(),
             "degenerate": self.degenerate,
         }
         if bool(self._proved().any()):
             stats["certificate"] = self.proofs
-        value, batch = self._point(slack, init), init.shape[:batch_dims]
-        state = None if self.reduced is None else Inverse(self.reduced, value, batch_dims)
+        value, batch = self._point(init), init.shape[:batch_dims]
+        state = None if self.whole is None else Inverse(self.whole.reduced, value, batch_dims)
         stats = {name: stat.reshape(*batch, *stat.shape[1:]) for name, stat in stats.items()}
         return Solution(value, self.status.to(torch.int8).reshape(batch), stats, state)
 
-    def _margin(self, slack: Tensor) -> Tensor:
-        if slack.shape[-1] == 0:
-            return slack.new_full((self.samples,), torch.inf)
-        return torch.maximum(self.z, slack).amin(-1)
+    def _margin(self) -> Tensor:
+        if self.slack.shape[-1] == 0:
+            return self.slack.new_full((self.samples,), torch.inf)
+        return torch.maximum(self.z, self.slack).amin(-1)
 
-    def _point(self, slack: Tensor, init: Tensor) -> Tensor:
+    def _point(self, init: Tensor) -> Tensor:
         """The unknown: multiplier minus slack, whose sign tells the active set even where both are zero."""
         tiny = torch.finfo(init.dtype).tiny
-        idle = -torch.where(slack.isinf(), 1, slack).clamp_min(0)
+        idle = -torch.where(self.slack.isinf(), 1, self.slack).clamp_min(0)
         v = torch.where(self.active, self.z.clamp_min(tiny), idle)
         return torch.cat([self.x, self.y, v], dim=-1).to(init.dtype).reshape(init.shape)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from difflayers.qp._data import Data
 from difflayers.qp._quasidefinite import Quasidefinite, Rows, front
-from difflayers.qp._reduced import Reduced
+from difflayers.qp._reduced import Reduced, Solved
 from difflayers.qp._sparse import Array, Sparse
 
 # In this order, until one solves a test problem.
@@ -56,8 +56,8 @@ class SparseReduced(Reduced):
         x, y, z_of_rows = (torch.from_numpy(part).to(first) for part in parts)
         return x, y, z_of_rows
 
-    def refined(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.solve(first, equations, inequalities)
+    def solved(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> Solved:
+        return self._left((first, equations, inequalities), *self.solve(first, equations, inequalities))
 
 
 def samples_of(data: Data, count: int) -> list[tuple[Any, Any, Any]]:
