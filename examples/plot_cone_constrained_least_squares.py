@@ -136,6 +136,6 @@ plt.show()
 # What it shows
 # -------------
 # - One bound that is found by its gradient is as good as one from a grid: it is ridge regression.
-# - Ten bounds take the cross-validated error further down, and bring nothing on patients that weren't there: 110 are too
-#   few to choose ten numbers by. Still, the mean over splits is better than that of the lasso, and of no bound.
+# - Ten bounds take the cross-validated error further down, and bring nothing on patients that weren't there: 110 are
+#   too few to choose ten numbers by. Still, the mean over splits is better than that of the lasso, and of no bound.
 # - All of it is one problem in three lines of CVXPY. What is bounded, and by which norm, is changed there.

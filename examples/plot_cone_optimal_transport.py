@@ -8,8 +8,9 @@ far away. What would be a better cost is hard to say, but easy to show, by pairs
 The plan is the output of a layer, its entropy makes it smooth, and the gradient of a likelihood goes through it to
 the cost.
 
-For balanced clouds Sinkhorn's iteration is the usual way. Here one point of each cloud has no partner: the plan moves seven of
-eight, and which one stays is part of the answer. To a layer made from a CVXPY problem that is one more constraint.
+For balanced clouds Sinkhorn's iteration is the usual way. Here one point of each cloud has no partner: the plan moves
+seven of eight, and which one stays is part of the answer. To a layer made from a CVXPY problem that is one more
+constraint.
 """
 
 from __future__ import annotations

@@ -184,8 +184,8 @@ plt.show()
 # What it shows
 # -------------
 # - Means of 60 months are worth little: in the training months the best constant radius is so large that hardly more
-#   than least variance is left. With hardly any doubt the portfolio made much money in the test, and lost utility all the
-#   same, by its risk.
+#   than least variance is left. With hardly any doubt the portfolio made much money in the test, and lost utility
+#   all the same, by its risk.
 # - A radius that grows with volatility is a little better than the best constant one, in training, where it was chosen
 #   for that, and in the test too. Three numbers are few enough to be learned from 167 months.
 # - Against equal weights all intervals contain zero. In 14 years of months only large differences can be told.
