@@ -15,7 +15,7 @@ from difflayers.ode._along import in_rows
 from difflayers.ode._event_watch import Found, Lookout
 from difflayers.ode._events import Signals
 from difflayers.ode._explicit import OneStepSolver
-from difflayers.ode._mesh import Mesh, RowMesh, RowStep
+from difflayers.ode._mesh import Mesh, RowMesh, RowStep, Step
 from difflayers.ode._problem import Evaluate, InitialValueProblem
 from difflayers.ode._stages import stage_time
 
@@ -141,8 +141,9 @@ class _Recorder:
         made = torch.full_like(self.times, -1, dtype=torch.int64)
         place = torch.ones_like(self.times)
         for number, step in enumerate(rows.steps):
-            made[step.rows[step.row], step.index] = number
-            place[step.rows[step.row], step.index] = step.s
+            if len(step.row):
+                made[step.rows[step.row], step.index] = number
+                place[step.rows[step.row], step.index] = step.s
         made = torch.where(there, torch.cat([made, slots.step], 1), -1).gather(1, order)
         place = torch.cat([place, slots.s], 1).gather(1, order)
         result = RowMesh(rows.states)
@@ -152,9 +153,10 @@ class _Recorder:
         by_step = made[sample, index].argsort(stable=True)
         sample, index = sample[by_step], index[by_step]
         counts = torch.bincount(made[sample, index], minlength=len(rows.steps)).tolist() if rows.steps else []
+        nothing = sample[:0], sample[:0], place[0, :0] if len(place) else place.flatten()
         for step, who, which in zip(rows.steps, sample.split(counts), index.split(counts), strict=True):
-            row = torch.searchsorted(step.rows, who)
-            result.steps.append(replace(step, row=row, index=which, s=place[who, which]))
+            made_here = (torch.searchsorted(step.rows, who), which, place[who, which]) if len(who) else nothing
+            result.steps.append(RowStep(step.t, step.h, step.y, step.rows, step.kept, *made_here))
         return result
 
 
@@ -206,18 +208,22 @@ def _by_rows(mesh: Mesh, samples: int, times: Tensor) -> RowMesh:
     result = RowMesh(mesh.states)
     result.times = times
     everybody = torch.arange(samples, device=times.device)
+    nothing = everybody[:0], everybody[:0], times.new_zeros(0)
     for step in mesh.steps:
         column = times.new_full((samples, 1), float(step.t))
         h = torch.full_like(column, float(step.h))
         h = h if step.alive is None else torch.where(step.alive, h, 0)
         y = None if step.y is None else step.y.reshape(samples, -1)
-        row = everybody.repeat_interleave(len(step.outputs))
-        index = torch.tensor([index for index, _ in step.outputs], dtype=torch.int64, device=times.device)
-        s = torch.tensor([s for _, s in step.outputs], dtype=torch.float64, device=times.device)
-        result.steps.append(
-            RowStep(column, h, y, everybody, None, row, index.repeat(samples), s.repeat(samples))
-        )  # fmt: skip
+        made = _outputs(step, everybody, times) if step.outputs else nothing
+        result.steps.append(RowStep(column, h, y, everybody, None, *made))
     return result
+
+
+def _outputs(step: Step, everybody: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of whom, which and where the outputs of a step are that all take together."""
+    index = torch.tensor([index for index, _ in step.outputs], dtype=torch.int64, device=times.device)
+    s = torch.tensor([s for _, s in step.outputs], dtype=torch.float64, device=times.device)
+    return everybody.repeat_interleave(len(index)), index.repeat(len(everybody)), s.repeat(len(everybody))
 
 
 class Recorded(OneStepSolver):

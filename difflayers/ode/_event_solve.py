@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class ClockedProblem(InitialValueProblem):
 
     @classmethod
     def of(cls, problem: InitialValueProblem) -> ClockedProblem:
-        return cls(problem.function, problem.state, problem.arguments, problem.autocast)
+        return cls(**{each.name: getattr(problem, each.name) for each in fields(problem)})
 
     def evaluator(self, tensors: Sequence[Tensor]) -> Evaluate:
         evaluate = super().evaluator(tensors)

@@ -93,7 +93,8 @@ class Lookout:
         self.brackets: list[Brackets] = []
         self._t, self._y = t.clone(), y.clone()
         self._value: Tensor | None = None
-        self._fresh = torch.ones(len(y), 1, dtype=torch.bool, device=y.device)
+        self._everybody = torch.arange(len(y), device=y.device)
+        self._fresh: Tensor | None = torch.ones(len(y), 1, dtype=torch.bool, device=y.device)
         self._step = -1
 
     def __call__(
@@ -104,17 +105,24 @@ class Lookout:
         self._step += 1
         if self._value is None:
             self._value = self.evaluate(self._t, self._y)
-        who = torch.arange(len(self._y), device=y.device) if rows is None else rows
+        who = self._everybody if rows is None else rows
         time, length = (x if isinstance(x, Tensor) else self._t.new_full((len(who), 1), x) for x in (t, h))
-        live = torch.ones_like(who, dtype=torch.bool) if moved is None else moved.reshape(-1)
-        values = [self._value[who]]
+        values = [self._value if rows is None else self._value[who]]
         for part in range(1, self.parts):
             s = part / self.parts
             values.append(self._signals(who, time + s * length, stages.inside(t, y, h, s)))
         values.append(self._signals(who, time + length, end))
-        seen = self._started(who, live, length, torch.stack(values))
-        self._value[who] = torch.where(live[:, None], values[-1], values[0])
-        crossed = self._crossed(seen) & live[:, None]
+        seen = torch.stack(values)
+        live = None if moved is None else moved.reshape(-1, 1)
+        if self._fresh is not None:
+            seen = self._started(self._fresh, who, live, length, seen)
+        last = values[-1] if live is None else torch.where(live, values[-1], values[0])
+        self._value = last if rows is None else self._value.index_copy(0, who, last)
+        # Most steps end here: nothing is zero, and no sign changes.
+        if not bool((seen[:-1] * seen[1:] <= 0).any()):
+            return None
+        crossed = self._crossed(seen)
+        crossed = crossed if live is None else crossed & live
         if not bool(crossed.any()):
             return None
         if self.parts == 1:
@@ -131,13 +139,15 @@ class Lookout:
         self._t[who], self._y[who] = t, y
         return self.evaluate(self._t, self._y)[who]
 
-    def _started(self, who: Tensor, live: Tensor, h: Tensor, seen: Tensor) -> Tensor:
+    def _started(self, everybody: Tensor, who: Tensor, live: Tensor | None, h: Tensor, seen: Tensor) -> Tensor:
         """The values, with zero where a sample starts at an event."""
-        fresh = self._fresh[who]
+        fresh = everybody[who]
         rate = (seen - seen[0]).abs().amax(0) / h.abs().to(seen.dtype)
         small = _ROUNDING * torch.finfo(seen.dtype).eps * rate * self.span[who].abs().to(seen.dtype)
         seen[0] = torch.where(fresh & (seen[0].abs() <= small), 0, seen[0])
-        self._fresh[who] = fresh & ~(live[:, None] & (h != 0))
+        gone = h != 0 if live is None else live & (h != 0)
+        everybody[who] = fresh & ~gone
+        self._fresh = everybody if bool(everybody.any()) else None
         return seen
 
     def _crossed(self, seen: Tensor) -> Tensor:
