@@ -11,6 +11,7 @@ tensor([1.0000, 0.6065, 0.3679], dtype=torch.float64)
 """
 
 from difflayers._solver import Solver
+from difflayers.ode._algebraic import consistent_initial
 from difflayers.ode._api import ODESolution, odeint
 from difflayers.ode._backsolve import BacksolveAdjoint
 from difflayers.ode._checkpointed import CheckpointedAdjoint
@@ -42,6 +43,7 @@ __all__ = [
     "ScipyIVP",
     "TorchDiffEq",
     "Tsit5",
+    "consistent_initial",
     "odeint",
 ]
 

@@ -18,6 +18,7 @@ from difflayers._problem import check_independence
 from difflayers._solution import OnFailure, Solution, to_numpy
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
+from difflayers.ode._algebraic import check_consistent, mass_rows
 from difflayers.ode._backsolve import BacksolveAdjoint
 from difflayers.ode._checkpointed import CheckpointedAdjoint
 from difflayers.ode._event_solve import Happened, per_event, solve_with_events
@@ -73,6 +74,7 @@ def odeint(
     solver: str | Solver = "dopri5",
     adjoint: Adjoint | None = None,
     event: Any = None,
+    mass: Any = None,
     on_failure: OnFailure = "raise",
 ) -> ODESolution:
     """Solve ``dy/dt = fn(t, y, *args)`` with ``y(t[0]) = y0``; differentiable in ``y0``, ``t`` and ``args``.
@@ -92,6 +94,10 @@ def odeint(
             :class:`BacksolveAdjoint` for others.
         event: what to look for: an :class:`Event`, a callable ``fn(t, y, *args)`` whose first zero ends a sample, or a
             sequence of these. Outputs after the end are NaN. An event that isn't met is no failure.
+        mass: ``M`` of ``M dy/dt = fn(t, y, *args)``, constant, over the ``n`` numbers of a sample in their order:
+            ``(n, n)``, or ``(*batch, n, n)``. It may be singular if the algebraic equations that are left determine the
+            rest of the state (index 1) and ``y0`` satisfies them, see :func:`consistent_initial`. For :class:`Rodas`
+            and :class:`Kvaerno5`; differentiable, but for its rank.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``: a sample that fails is NaN from there on.
 
     Raises:
@@ -109,7 +115,7 @@ def odeint(
     >>> round(rate.grad.item(), 5)
     -0.36788
     """
-    return integrate(fn, y0, t, args, batch_dims, solver, adjoint, event, on_failure)
+    return integrate(fn, y0, t, args, batch_dims, solver, adjoint, event, on_failure, mass=mass)
 
 
 def integrate(
@@ -123,6 +129,7 @@ def integrate(
     event: Any,
     on_failure: OnFailure,
     checked: set[Any] | None = None,
+    mass: Any = None,
 ) -> ODESolution:
     """:func:`odeint`, which remembers in ``checked`` what it needn't check again."""
     events = events_of(event)
@@ -133,11 +140,18 @@ def integrate(
     args = to_tensors(tuple(args), start)
     times = output_times(t, state, start)
     arguments, tensors = Arguments.of(fn, args)
+    if mass is not None:
+        if events:
+            raise ProblemError("events aren't there for equations with a mass matrix; leave one of them None")
+        tensors = (*tensors, mass_rows(mass, state, start))
     check_devices([*tensors, *event_parameters(events)], start)
-    problem = InitialValueProblem(fn, state, arguments, Autocast.current(start.device))
+    autocast = Autocast.current(start.device)
+    problem = InitialValueProblem(fn, state, arguments, autocast, massive=mass is not None)
     chosen, rule = paired(problem, solver, adjoint)
     with without_autocast(start.device):
         _check_promise(problem, start, times, tensors, checked)
+        if mass is not None:
+            check_consistent(problem, start, times, tensors, chosen)
         params = (start, times, *tensors)
         if events:
             found, happened = solve_with_events(problem, chosen, rule, events, params, on_failure)

@@ -63,6 +63,8 @@ class BacksolveAdjoint(Adjoint):
             raise ProblemError(f"drift must be positive, got {self.drift}")
 
     def supports(self, problem: Problem, solver: Solver) -> str | None:
+        if problem.form == "dae":
+            return "the adjoint of an equation with a mass matrix isn't there; use CheckpointedAdjoint()"
         if problem.form != "ode":
             return f"it solves initial value problems backward, and this is {problem.form}; use ImplicitAdjoint()"
         return None

@@ -63,7 +63,7 @@ class CheckpointedAdjoint(Adjoint):
             raise ProblemError(f"states must be at least 1, got {self.states}")
 
     def supports(self, problem: Problem, solver: Solver) -> str | None:
-        if problem.form != "ode" or not isinstance(solver, OneStepSolver):
+        if problem.form not in ("ode", "dae") or not isinstance(solver, OneStepSolver):
             return f"it runs steps of the solvers of difflayers.ode once more, which {type(solver).__name__} isn't"
         if self.stage_parallel and not solver.explicit:
             return "stages in parallel are for explicit methods; leave stage_parallel=None"

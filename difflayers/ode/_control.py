@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from difflayers.ode._linearization import flow
+from difflayers.ode._mass import mass_of
 from difflayers.ode._methods import AnyStages
-from difflayers.ode._stages import stage_time
+from difflayers.ode._stages import Time, stage_time
 
 if TYPE_CHECKING:
     from difflayers.ode._explicit import OneStepSolver
@@ -159,9 +161,18 @@ def tolerances(rtol: float, atol: float, y: Tensor) -> tuple[float, float]:
     return max(rtol, 16 * eps), max(atol, float(largest) * eps)
 
 
+def _speed(stages: AnyStages, t: Time, y: Tensor, slope: Tensor) -> Tensor:
+    """``dy/dt`` at the start, off the graph: with a mass it isn't the right-hand side."""
+    if mass_of(stages.evaluate) is None:
+        return slope.detach()
+    stages.evaluations += 1
+    with torch.no_grad():
+        return flow(stages.evaluate)(stage_time(t, 0.0, 0.0, y), y.detach())
+
+
 def first_step(control: Controller, stages: AnyStages, t: float, y: Tensor, slope: Tensor, span: float) -> float:
     """The first step by Hairer, Nørsett, Wanner 1993, section II.4: one more evaluation; signed like ``span``."""
-    y, slope = y.detach(), slope.detach()
+    y, slope = y.detach(), _speed(stages, t, y, slope)
     scale = control.scale(y)
     size, speed = control.norm(y, scale), control.norm(slope, scale)
     if not speed < math.inf:
@@ -170,7 +181,7 @@ def first_step(control: Controller, stages: AnyStages, t: float, y: Tensor, slop
     h = min(h, abs(span))
     sign = math.copysign(1.0, span)
     with torch.no_grad():
-        ahead = stages.evaluate(stage_time(t, sign, h, y), y + sign * h * slope)
+        ahead = flow(stages.evaluate)(stage_time(t, sign, h, y), y + sign * h * slope)
     stages.evaluations += 1
     bend = control.norm(ahead - slope, scale) / h
     if not bend < math.inf:
@@ -182,12 +193,13 @@ def first_step(control: Controller, stages: AnyStages, t: float, y: Tensor, slop
 
 def first_steps(control: RowController, stages: AnyStages, t: Tensor, y: Tensor, slope: Tensor, span: Tensor) -> Tensor:
     """:func:`first_step` of every sample, a column."""
+    slope = _speed(stages, t, y, slope)
     scale = control.scale(y)
     size, speed = control.norm(y, scale), control.norm(slope, scale)
     h = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed)
     h = torch.minimum(torch.nan_to_num(h, nan=0.0), span.abs())
     signed = torch.copysign(h, span)
-    ahead = stages.evaluate(stage_time(t, 1.0, signed, y), torch.addcmul(y, signed.to(y.dtype), slope))
+    ahead = flow(stages.evaluate)(stage_time(t, 1.0, signed, y), torch.addcmul(y, signed.to(y.dtype), slope))
     stages.evaluations += 1
     bend = control.norm(ahead - slope, scale) / h
     largest = torch.maximum(speed, bend)

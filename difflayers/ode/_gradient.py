@@ -11,6 +11,7 @@ from torch import Tensor
 
 from difflayers.ode._along import by_row
 from difflayers.ode._call import Call
+from difflayers.ode._linearization import flow
 from difflayers.ode._mesh import Mesh, RowMesh
 from difflayers.ode._parallel import parallel_gradient
 from difflayers.ode._parallel_rows import ParallelRows
@@ -140,7 +141,7 @@ def _time_gradient(
 
     def along(index: int, cotangent: Tensor) -> Tensor:
         time = torch.scalar_tensor(mesh.times[index], dtype=value.dtype, device=value.device)
-        speed: Tensor = evaluate(time, rows[:, index].reshape(cotangent.shape))
+        speed: Tensor = flow(evaluate)(time, rows[:, index].reshape(cotangent.shape))
         return (speed * cotangent).nan_to_num(nan=0.0).sum()
 
     parts = [-along(0, adjoint), *[along(i, by_output[i]) for i in range(1, len(by_output))]]

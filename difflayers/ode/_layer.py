@@ -31,6 +31,7 @@ class ODELayer(nn.Module):
         batch_dims: leading dimensions of ``y0`` that index independent samples.
         event: what to look for, as in :func:`odeint`; :meth:`solve` tells when it happened. The parameters of events
             that are modules are the layer's too.
+        mass: ``M``, as in :func:`odeint`; a parameter of the layer if it is one, else a buffer that isn't saved.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``: a sample that fails is NaN from there on.
 
     >>> import torch
@@ -46,6 +47,7 @@ class ODELayer(nn.Module):
     """
 
     t: Tensor
+    mass: Tensor | None
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class ODELayer(nn.Module):
         adjoint: Adjoint | None = None,
         batch_dims: int = 0,
         event: Any = None,
+        mass: Any = None,
         on_failure: OnFailure = "warn",
     ) -> None:
         super().__init__()
@@ -64,11 +67,16 @@ class ODELayer(nn.Module):
         self.fn = fn
         self.register_buffer("t", as_times(t), persistent=False)
         state, (arguments, _) = State.of(torch.zeros(()), 0), Arguments.of(fn, ())
-        anything = InitialValueProblem(fn, state, arguments, Autocast.current(self.t.device))
+        autocast = Autocast.current(self.t.device)
+        anything = InitialValueProblem(fn, state, arguments, autocast, massive=mass is not None)
         self.solver, self.adjoint = paired(anything, solver, adjoint)
         self.batch_dims, self.event = batch_dims, event
         modules = [one.fn for one in events_of(event) if isinstance(one.fn, nn.Module)]
         self.event_functions = nn.ModuleList(modules)
+        if isinstance(mass, nn.Parameter):
+            self.mass = mass
+        else:
+            self.register_buffer("mass", None if mass is None else torch.as_tensor(mass), persistent=False)
         self.on_failure = on_failure
         self._checked: set[Any] = set()
 
@@ -90,6 +98,7 @@ class ODELayer(nn.Module):
             self.event,
             self.on_failure,
             self._checked,
+            self.mass,
         )
 
     def extra_repr(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from difflayers._autodiff import Autocast
 from difflayers._problem import Form, Problem, Residual, matched
 from difflayers.errors import ProblemError
 from difflayers.linear import Property
+from difflayers.ode._mass import Massive
 from difflayers.ode._state import State
 
 Evaluate = Callable[[Tensor, Tensor], Tensor]
@@ -21,7 +22,7 @@ Evaluate = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class InitialValueProblem(Problem):
-    """``dy/dt = fn(t, y, *args)`` with ``y(t₀) = y₀``, for states as rows.
+    """``dy/dt = fn(t, y, *args)`` with ``y(t₀) = y₀``, for states as rows; ``M dy/dt`` with a mass matrix.
 
     Its parameters are ``(y0, t, *tensors)``: ``y0`` as rows ``(samples, n)``, output times ``(T,)`` or
     ``(samples, T)``, and the tensors of ``arguments``. The answer is ``(samples, T, n)``.
@@ -31,6 +32,7 @@ class InitialValueProblem(Problem):
         state: how a state lies in rows.
         arguments: how the arguments of ``fn`` and its module parameters lie in a row of tensors.
         autocast: what evaluations of ``fn`` run in.
+        massive: whether the last of the tensors is a mass matrix, ``(n, n)`` or ``(samples, n, n)``.
     """
 
     function: Callable[..., Any]
@@ -39,8 +41,15 @@ class InitialValueProblem(Problem):
     autocast: Autocast
     batch_dims: int = 1
     properties: frozenset[Property] = frozenset()
-    form: ClassVar[Form] = "ode"
-    advice: ClassVar[str] = "Dopri5()"
+    massive: bool = False
+
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        return "dae" if self.massive else "ode"
+
+    @property
+    def advice(self) -> str:  # type: ignore[override]
+        return "Rodas()" if self.massive else "Dopri5()"
 
     @property
     def samples(self) -> int:
@@ -66,7 +75,8 @@ class InitialValueProblem(Problem):
 
         def evaluate(t: Tensor, rows: Tensor) -> Tensor:
             y = rows if rows.shape == native else state.unpack(rows)
-            before = None if rows.is_inference() else rows._version
+            # What is compiled was evaluated before.
+            before = None if torch.compiler.is_compiling() or rows.is_inference() else rows._version
             if t.dim():
                 t = state.own_times(t)
             if autocast.dtype is None:
@@ -78,7 +88,11 @@ class InitialValueProblem(Problem):
                 raise ProblemError("fn writes to y in place; use operations that return new tensors, or y.clone()")
             return value if y is rows else state.pack(value, rows.shape[0])
 
-        return evaluate
+        return Massive(evaluate, tensors[-1]) if self.massive else evaluate
+
+    def mass(self, matrix: Tensor) -> Tensor:
+        """The mass matrix, for everybody or for every sample, from what is in the tensors."""
+        return matrix
 
     def divided(self, tensors: Sequence[Tensor], rows: Tensor) -> tuple[list[Tensor], list[bool]] | None:
         """The tensors of some samples alone, and which of them were divided; None if nobody knows how to.
@@ -90,12 +104,14 @@ class InitialValueProblem(Problem):
             return None
         shared = len(self.arguments.unflatten(tensors)[0])
         own = [i >= shared and p.dim() > 0 and p.shape[0] == self.samples for i, p in enumerate(tensors)]
+        if self.massive:
+            own[-1] = tensors[-1].dim() == 3
         return [p[rows] if goes else p for p, goes in zip(tensors, own, strict=True)], own
 
     def mapped(self, size: int, in_dims: tuple[int | None, ...], randomness: str) -> InitialValueProblem:
         """The same with one more leading dimension of samples; ``in_dims`` says which tensors have it."""
         own = self.function, self.state, self.arguments, self.autocast, self.batch_dims + 1, self.properties
-        return _Mapped(*own, self, size, in_dims, randomness)
+        return _Mapped(*own, self.massive, self, size, in_dims, randomness)
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,19 @@ class _Mapped(InitialValueProblem):
             result: Tensor = torch.func.vmap(one, dims, randomness=self.randomness)(own, self._split(rows), *tensors)
             return result.reshape(rows.shape)
 
-        return evaluate
+        if not self.massive:
+            return evaluate
+        with torch.enable_grad():  # views of what wants a gradient, whoever asks
+            return Massive(evaluate, self.mass(tensors[-1]))
+
+    def mass(self, matrix: Tensor) -> Tensor:
+        if self.in_dims[-1] is None:
+            own = self.base.mass(matrix)
+            return own.repeat(self.size, 1, 1) if own.dim() > 2 else own
+        own = torch.func.vmap(self.base.mass)(matrix)
+        if own.dim() < 4:
+            own = own.unsqueeze(1).expand(-1, self.base.samples, -1, -1)
+        return own.reshape(self.samples, *own.shape[2:])
 
     def divided(self, tensors: Sequence[Tensor], rows: Tensor) -> None:
         return None

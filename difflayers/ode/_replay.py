@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from difflayers.ode._linearization import flow
 from difflayers.ode._mesh import Mesh, Step
 from difflayers.ode._methods import swept_implicit, traced_stages_of
 from difflayers.ode._stages import Evaluate, Time, combined, mixed, stage_time
@@ -56,6 +57,7 @@ def moved(evaluate: Evaluate, fixed: Time, y: Tensor, time: Tensor, start: bool 
 
     The value is that of ``y``; what comes are the derivatives in ``time``, up to the fourth.
     """
+    evaluate = flow(evaluate)
     h = torch.as_tensor(fixed - time if start else time - fixed).to(y.dtype)
     t = time if start else fixed
     slopes = [evaluate(stage_time(t, 0.0, h, y), y)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from difflayers.ode._linearization import flow
 from difflayers.ode._mesh import RowMesh, RowStep
 from difflayers.ode._methods import traced_stages_of
 from difflayers.ode._problem import InitialValueProblem
@@ -153,7 +154,7 @@ def row_time_gradient(evaluate: Evaluate, mesh: RowMesh, value: Tensor, cotangen
 
     def along(index: int, g: Tensor) -> Tensor:
         y = value[:, index].contiguous()
-        speed = evaluate(stage_time(mesh.times[:, [index]], 0.0, 0.0, y), y)
+        speed = flow(evaluate)(stage_time(mesh.times[:, [index]], 0.0, 0.0, y), y)
         return (speed * g).nan_to_num(nan=0.0).sum(1)
 
     return torch.stack([-along(0, adjoint), *[along(i, cotangent[:, i]) for i in range(1, value.shape[1])]], dim=1)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from difflayers._problem import Form
 from difflayers.errors import ProblemError
 from difflayers.ode._explicit import AdaptiveSolver
 from difflayers.ode._kvaerno import Esdirk, kvaerno5
@@ -19,6 +20,7 @@ from difflayers.ode._tableaus import Tableau
 class ImplicitSolver(AdaptiveSolver):
     """What methods share that factor a matrix for every sample: states are rows, with one Jacobian each."""
 
+    serves: ClassVar[frozenset[Form]] = frozenset({"ode", "dae"})
     explicit: ClassVar[bool] = False
 
     def layout(self, problem: InitialValueProblem) -> torch.Size:
