@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from difflayers.errors import ProblemError
 from difflayers.qp._affine import AffineMap, Block, Source
 from difflayers.qp._cones import Cones
+from difflayers.qp._presolve import Entries, Presolved, presolved
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -61,45 +62,64 @@ def canonicalized(problem: Any, parameters: Sequence[Any], variables: Sequence[A
     if program.lower_bounds is not None or program.upper_bounds is not None or program.dir_cones:
         raise ProblemError("CVXPY kept bounds apart from the constraints; write them as constraints")
     cones = _cones(program.cone_dims)
-    blocks = _blocks(program, cones.rows)
-    data = AffineMap(blocks, tuple(_sources(program, chain.reductions, parameters)), program.x.size)
     primal = {variable.id for variable in problem.variables()}
     duals = _duals(chain, inverse, program.x.size, cones.rows)
     selections = [
         _primal(v, program, chain.reductions, gp) if v.id in primal else _dual(v, problem, duals) for v in variables
     ]
-    return Canonical(cones, data, tuple(selections))
+    unknowns, rows = (
+        np.unique(
+            np.concatenate([np.zeros(0, dtype=np.int64), *[s.index.numpy() for s in selections if s.dual is dual]])
+        )
+        for dual in (False, True)
+    )
+    smaller = presolved(_blocks(program, cones.rows), cones.zero, unknowns, rows)
+    cones = replace(cones, zero=cones.zero - cones.rows + len(smaller.rows))
+    blocks = {name: Block.of(*entries) for name, entries in smaller.blocks.items()}
+    data = AffineMap(blocks, tuple(_sources(program, chain.reductions, parameters)), len(smaller.unknowns))
+    return Canonical(cones, data, tuple(_renumbered(s, smaller) for s in selections))
+
+
+def _renumbered(selection: Selection, smaller: Presolved) -> Selection:
+    kept = smaller.rows if selection.dual else smaller.unknowns
+    return replace(selection, index=torch.from_numpy(np.searchsorted(kept, selection.index.numpy())))
 
 
 def _cones(dims: Any) -> Cones:
     return Cones(dims.zero, dims.nonneg, tuple(dims.soc), tuple(dims.psd), dims.exp, tuple(map(float, dims.p3d)))
 
 
-def _blocks(program: Any, rows: int) -> dict[str, Block]:
+def _blocks(program: Any, rows: int) -> dict[str, Entries]:
     """Each block of data as sparse rows, one for each entry, in the parameters and, last, one."""
     from scipy.sparse import csr_matrix
 
     n = program.x.size
     columns = program.q.shape[1]
-    blocks = {"q": Block.of(csr_matrix(program.q)[:n], np.arange(n), np.zeros(n, dtype=np.int64), (n, 1))}
+    blocks = {"q": _column(csr_matrix(program.q)[:n])}
     entries = program.reduced_A.problem_data_index
     if rows == 0 or entries is None:
         empty = np.zeros(0, dtype=np.int64)
-        nothing = csr_matrix((rows, columns))
-        blocks["C"] = Block.of(csr_matrix((0, columns)), empty, empty, (rows, n))
-        blocks["d"] = Block.of(nothing, np.arange(rows), np.zeros(rows, dtype=np.int64), (rows, 1))
+        blocks["C"] = Entries(csr_matrix((0, columns)), empty, empty, (rows, n))
+        blocks["d"] = _column(csr_matrix((rows, columns)))
     else:
         place, column = _places(entries)
         mapping = csr_matrix(program.reduced_A.reduced_mat)
         matrix, side = column < n, column == n
         # CVXPY's rows are Ax + b = s, ours Cx + s = d.
-        blocks["C"] = Block.of(-mapping[matrix], place[matrix], column[matrix], (rows, n))
-        blocks["d"] = Block.of(mapping[side], place[side], np.zeros(side.sum(), dtype=np.int64), (rows, 1))
+        blocks["C"] = Entries(-mapping[matrix], place[matrix], column[matrix], (rows, n))
+        spread = csr_matrix((np.ones(side.sum()), (place[side], np.arange(side.sum()))), shape=(rows, side.sum()))
+        blocks["d"] = _column((spread @ mapping[side]).tocsr())
     entries = None if program.P is None else program.reduced_P.problem_data_index
     if entries is not None and program.reduced_P.reduced_mat.nnz:
         place, column = _places(entries)
-        blocks["P"] = Block.of(csr_matrix(program.reduced_P.reduced_mat), place, column, (n, n))
+        blocks["P"] = Entries(csr_matrix(program.reduced_P.reduced_mat), place, column, (n, n))
     return blocks
+
+
+def _column(mapping: Any) -> Entries:
+    """A vector with all its entries."""
+    count = mapping.shape[0]
+    return Entries(mapping, np.arange(count), np.zeros(count, dtype=np.int64), (count, 1))
 
 
 def _places(entries: tuple[Array, Array, Any]) -> tuple[Array, Array]:

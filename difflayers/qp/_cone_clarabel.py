@@ -8,7 +8,7 @@ from typing import Any
 
 from difflayers._solution import Status
 from difflayers.qp._clarabel import _STATUS
-from difflayers.qp._cone_host import ConeResults, ConeSamples, HostConeSolver
+from difflayers.qp._cone_host import ROUGH, ConeResults, ConeSamples, HostConeSolver
 from difflayers.qp._cones import Cones
 from difflayers.qp._host import backend
 
@@ -43,6 +43,7 @@ class ConeClarabel(HostConeSolver):
         settings.presolve_enable = False  # without, so that data can be updated
         settings.chordal_decomposition_enable = False
         settings.max_iter = self.max_steps
+        settings.iterative_refinement_enable = self.tol < ROUGH
         settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = self.tol
         return settings
 

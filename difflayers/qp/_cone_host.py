@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -19,6 +19,9 @@ from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data
 from difflayers.qp._host import Array
 from difflayers.qp._sparse import Sparse
+
+# The accuracy that is asked for first.
+ROUGH = 1e-5
 
 
 class Columns:
@@ -94,6 +97,9 @@ class HostConeSolver(ConeSolver):
     max_steps: int = 200
     threads: int | None = None
     releases_gil: ClassVar[bool] = True
+
+    def rough(self) -> ConeSolver | None:
+        return replace(self, tol=ROUGH) if self.tol < ROUGH else None
 
     @abstractmethod
     def solve_samples(self, samples: ConeSamples, rows: Sequence[int], results: ConeResults) -> None:

@@ -6,24 +6,45 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from difflayers._autodiff import value_and_jacobian
-from difflayers.qp._exponential import exponential_cone
+from difflayers.qp._exponential import exponential_cone, spectrum
 from difflayers.qp._power import power_cone
 from difflayers.qp.projections._cones import psd, second_order_cone
 
 ROOT2 = 2**0.5
 
 
-class Spectrum(NamedTuple):
-    """Eigenvalues ``(samples, count, size)`` and eigenvectors, as columns, of symmetric blocks."""
+class Spectrum:
+    """Eigenvalues ``(samples, count, size)`` and eigenvectors of symmetric blocks."""
 
-    values: Tensor
-    vectors: Tensor
+    def __init__(self, values: Tensor, vectors: Tensor) -> None:
+        self.values, self.vectors = values, vectors
+
+    def turned(self, rows: Tensor, *, back: bool = False) -> Tensor:
+        """``QᵀM`` or ``QM`` for ``M (samples, count, size, k)``, where the columns of ``Q`` are the eigenvectors."""
+        return (self.vectors if back else self.vectors.mT) @ rows
+
+
+class MatrixSpectrum(Spectrum):
+    """For symmetric matrices as vectors: eigenvectors are ``qᵢqⱼᵀ + qⱼqᵢᵀ``, and turning is ``VᵀXV``."""
+
+    def __init__(self, values: Tensor, vectors: Tensor, piece: Semidefinite) -> None:
+        super().__init__(values, vectors)
+        self._piece = piece
+
+    def turned(self, rows: Tensor, *, back: bool = False) -> Tensor:
+        V, piece = self.vectors, self._piece
+        left = V if back else V.mT
+        count, k = rows.shape[-1], piece.k
+        X = piece.matrix(rows.mT)  # (samples, count, columns, k, k), symmetric
+        # Products with all columns at once: rows of X as one tall matrix, twice.
+        half = (X.reshape(*X.shape[:-3], count * k, k) @ left.mT).reshape(X.shape).mT
+        full = (half.reshape(*X.shape[:-3], count * k, k) @ left.mT).reshape(X.shape)
+        return piece.vector(full).mT
 
 
 class Piece(ABC):
@@ -43,8 +64,8 @@ class Piece(ABC):
         """The nearest point of the dual cone, ``(*batch, count, size)``."""
 
     @abstractmethod
-    def spectrum(self, v: Tensor) -> Spectrum:
-        """Of the derivative of :meth:`project` at ``v (samples, count, size)``."""
+    def spectrum(self, v: Tensor, y: Tensor) -> Spectrum:
+        """Of the derivative of :meth:`project` at ``v (samples, count, size)``, where it is ``y``."""
 
 
 class SecondOrder(Piece):
@@ -53,7 +74,7 @@ class SecondOrder(Piece):
     def project(self, v: Tensor) -> Tensor:
         return torch.relu(v) if v.shape[-1] == 1 else second_order_cone(v)
 
-    def spectrum(self, v: Tensor) -> Spectrum:
+    def spectrum(self, v: Tensor, y: Tensor) -> Spectrum:
         """Eigenvectors ``(1, ±u/‖u‖)/√2`` and ``(0, e)`` for ``e`` orthogonal to ``u``."""
         t, u = v[..., 0], v[..., 1:]
         size = torch.linalg.vector_norm(u, dim=-1)
@@ -91,11 +112,10 @@ class Semidefinite(Piece):
         self.k = k
 
     def project(self, v: Tensor) -> Tensor:
-        return self._vector(psd(self._matrix(v)))
+        return self.vector(psd(self.matrix(v)))
 
-    def spectrum(self, v: Tensor) -> Spectrum:
-        """For the eigenvectors ``q`` of the matrix, ``qᵢqⱼᵀ + qⱼqᵢᵀ`` for every pair."""
-        values, Q = torch.linalg.eigh(self._matrix(v))
+    def spectrum(self, v: Tensor, y: Tensor) -> Spectrum:
+        values, Q = torch.linalg.eigh(self.matrix(v))
         rounding = self.k * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(values, dim=-1, keepdim=True)
         rows, columns = self._triangle
         one, other = values[..., rows], values[..., columns]
@@ -103,10 +123,7 @@ class Semidefinite(Piece):
         across = high != low
         ratio = torch.maximum(one, other) / torch.where(across, (one - other).abs(), 1)
         D = torch.where(across, ratio, (high & low).to(v.dtype))
-        pairs = Q[..., rows, :][..., rows] * Q[..., columns, :][..., columns]
-        pairs = pairs + Q[..., rows, :][..., columns] * Q[..., columns, :][..., rows]
-        weight = torch.where(rows == columns, 0.5**0.5, 1).to(v)
-        return Spectrum(D, pairs * weight.unsqueeze(-1) * weight)
+        return MatrixSpectrum(D, Q, self)
 
     @cached_property
     def _triangle(self) -> tuple[Tensor, Tensor]:
@@ -123,11 +140,13 @@ class Semidefinite(Piece):
         scale = torch.full((self.k, self.k), 1 / ROOT2, dtype=torch.float64)
         return places, scale.fill_diagonal_(1)
 
-    def _matrix(self, v: Tensor) -> Tensor:
+    def matrix(self, v: Tensor) -> Tensor:
+        """Symmetric matrices ``(..., k, k)`` from their vectors."""
         places, scale = self._places
         return v[..., places.to(v.device)] * scale.to(v)
 
-    def _vector(self, X: Tensor) -> Tensor:
+    def vector(self, X: Tensor) -> Tensor:
+        """Vectors ``(..., size)`` from symmetric matrices."""
         rows, columns = self._triangle
         _, scale = self._places
         return X[..., rows, columns] / scale[rows, columns].to(X)
@@ -139,8 +158,9 @@ class Exponential(Piece):
     def project(self, v: Tensor) -> Tensor:
         return v + exponential_cone(-v)
 
-    def spectrum(self, v: Tensor) -> Spectrum:
-        return _by_autodiff(self, v)
+    def spectrum(self, v: Tensor, y: Tensor) -> Spectrum:
+        values, vectors = spectrum(-v, y - v)
+        return Spectrum(1 - values, vectors)
 
 
 class Power(Piece):
@@ -153,7 +173,7 @@ class Power(Piece):
     def project(self, v: Tensor) -> Tensor:
         return v + power_cone(-v, self.exponents.to(v))
 
-    def spectrum(self, v: Tensor) -> Spectrum:
+    def spectrum(self, v: Tensor, y: Tensor) -> Spectrum:
         return _by_autodiff(self, v)
 
 

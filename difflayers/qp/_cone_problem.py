@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -11,22 +11,25 @@ from torch import Tensor
 
 from difflayers._problem import Form, Problem, Residual
 from difflayers.linear import LinearOperator, Property
-from difflayers.qp._cone_jacobian import ConeJacobian, constraints
+from difflayers.qp._cone_factor import constraints
+from difflayers.qp._cone_jacobian import ConeJacobian
 from difflayers.qp._cones import Cones
 from difflayers.qp._data import MATRICES, Data, times, transposed
 from difflayers.qp._problem import _aligned_shape
+from difflayers.qp._pullback import _of_matrix as of_matrix
+from difflayers.qp._pullback import _of_vector as of_vector
 from difflayers.qp._sparse import Pattern, Sparse
 
 
-def cone_optimality(w: Tensor, data: Data, cones: Cones) -> Tensor:
+def cone_optimality(w: Tensor, data: Data, cones: Cones, y: Tensor | None = None) -> Tensor:
     """The map whose root is the solution, ``(*batch, n + m)``, of the unknown ``(x, v)``.
 
     ``v = y - s`` is multiplier minus slack: ``y = Π(v)`` and ``s = Π(v) - v``, with ``Π`` the projection on the dual
-    cone. ``C`` and ``d`` are the blocks ``G`` and ``h`` of the data.
+    cone, which may be known. ``C`` and ``d`` are the blocks ``G`` and ``h`` of the data.
     """
     x, v = w.split((data.layout.n, data.layout.m), dim=-1)
     C, d = constraints(data)
-    y = cones.project(v)
+    y = cones.project(v) if y is None else y
     stationary = times(data.P, x) + data.q + transposed(C, y)
     return torch.cat([stationary, times(C, x) + y - v - d], dim=-1)
 
@@ -83,6 +86,19 @@ class ConeProblem(Problem):
             raise TypeError(f"expected the residual that bind() made, got {type(residual).__name__}")
         return ConeJacobian(residual.data, self.cones, z, self.batch_dims)
 
+    def pullback(self, residual: Residual, z: Tensor, wanted: Sequence[int]) -> Callable[[Tensor], Sequence[Tensor]]:
+        if not isinstance(residual, ConeConditions):
+            raise TypeError(f"expected the residual that bind() made, got {type(residual).__name__}")
+        data, sizes = residual.data, (residual.data.layout.n, residual.data.layout.m)
+        x, v = z.split(sizes, dim=-1)
+        y = self.cones.project(v)
+
+        def gradients(u: Tensor) -> Sequence[Tensor]:
+            ux, uv = u.split(sizes, dim=-1)
+            return [_gradient(self.blocks[i], data, (x, y), (ux, uv)) for i in wanted]
+
+        return gradients
+
     def vmapped(self, in_dims: tuple[int | None, ...], randomness: str) -> Problem:
         return replace(self, batch_dims=self.batch_dims + 1, maps=(*self.maps, in_dims), known=None)
 
@@ -91,3 +107,16 @@ class ConeProblem(Problem):
         event = 2 if name in MATRICES and name not in self.patterns else 1
         levels = [in_dims[index] for in_dims in self.maps]
         return param.reshape(_aligned_shape(tuple(param.shape), levels, event, self.batch_dims))
+
+
+def _gradient(name: str, data: Data, w: tuple[Tensor, Tensor], u: tuple[Tensor, Tensor]) -> Tensor:
+    """``(∂F/∂block)ᵀu`` at ``w = (x, y)``: ``F`` is linear in every block."""
+    match name:
+        case "P":
+            return of_matrix(data.P, [(u[0], w[0])])
+        case "q":
+            return of_vector(data.q, u[0])
+        case "G":
+            return of_matrix(data.G, [(u[1], w[0]), (w[1], u[0])])
+        case _:
+            return of_vector(data.h, -u[1])

@@ -13,14 +13,21 @@ from torch import Tensor
 from difflayers._problem import Form, Problem
 from difflayers._solution import Solution, Status, has_answer
 from difflayers._solver import Solver, empty_solution
-from difflayers.qp._cone_jacobian import ConeFactor, ConeInverse, constraints
+from difflayers.qp._cone_factor import ConeFactor, constraints
+from difflayers.qp._cone_factors import Patched, factored, refactored, start
+from difflayers.qp._cone_jacobian import ConeInverse
 from difflayers.qp._cone_problem import ConeProblem, cone_optimality
 from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data, times, transposed
 
 CERTIFIED = 1e-6
-# A residual this small, relative to the data, can't be improved; and one this small isn't worth a factorization.
+# A residual this small, relative to the data, can't be improved; from one this small on, a factorization serves the
+# next point too.
 EXACT, NEAR = 1e-15, 1e-11
+# And one this small says that an answer is the exact one, wherever Newton's method started.
+POLISHED = 1e-10
+# The first steps of Newton's method may make the residual larger.
+UNCHECKED = 2
 
 
 class ConeAnswers(NamedTuple):
@@ -49,11 +56,15 @@ class ConeSolver(Solver):
 
     serves: ClassVar[frozenset[Form]] = frozenset({"cone"})
     accuracy: ClassVar[float] = 1e-6
-    rounds: ClassVar[int] = 6
+    rounds: ClassVar[int] = 12
 
     @abstractmethod
     def answers(self, data: Data, cones: Cones, count: int) -> ConeAnswers:
         """What the backend finds for ``count`` samples of finite data in float64."""
+
+    def rough(self) -> ConeSolver | None:
+        """The same with less accuracy: enough for Newton's method to end most samples, in less time."""
+        return None
 
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
         if not isinstance(problem, ConeProblem):
@@ -87,20 +98,48 @@ class ConeWork:
         finite = self.data.finite(self.samples)
         self.status[~finite] = int(Status.NONFINITE)
         going = finite.expand(self.samples)
+        if guess is None and bool(going.all()):
+            guess = self._start()
         if guess is not None:
             going = going & ~self._warm(going & guess.isfinite().all(-1), guess)
         if bool(going.any()):
             self._cold(going)
 
+    def _start(self) -> Tensor | None:
+        """Where there is a point near enough for Newton's method: some steps of it, unchecked."""
+        w, n = start(self.data, self.cones, self.samples), self.data.layout.n
+        if w is None:
+            return None
+        for _ in range(UNCHECKED):
+            y = self.cones.project(w[:, n:])
+            F = cone_optimality(w, self.data, self.cones, y)
+            moved = w - torch.cat(factored(self.data, self.cones, w[:, n:], y).solve(F[:, :n], F[:, n:]), dim=-1)
+            w = torch.where(moved.isfinite().all(-1, keepdim=True), moved, w)
+        return w
+
     def _warm(self, going: Tensor, guess: Tensor) -> Tensor:
         """Which samples Newton's method solved from the guess."""
         self._polish(going, guess[going])
-        return going & (self.residual <= 1e-10 * self.magnitude)
+        return going & (self.residual <= POLISHED * self.magnitude)
 
     def _cold(self, going: Tensor) -> None:
+        """Ask the backend, first for less accuracy where Newton's method may do the rest in less time."""
+        rough = self.solver.rough()
+        if rough is not None:
+            self._ask(rough, going)
+            going = going & ~self._settled()
+        if bool(going.any()):
+            self._ask(self.solver, going)
+
+    def _settled(self) -> Tensor:
+        solved = (self.status == int(Status.SUCCESS)) & (self.residual <= POLISHED * self.magnitude)
+        return solved | (self.status == int(Status.INFEASIBLE)) | (self.status == int(Status.UNBOUNDED))
+
+    def _ask(self, solver: ConeSolver, going: Tensor) -> None:
         count = int(going.sum())
-        found = self.solver.answers(self._part(going), self.cones, count)
-        self.steps[going], self.status[going] = found.steps, found.status
+        found = solver.answers(self._part(going), self.cones, count)
+        self.steps[going] += found.steps
+        self.status[going] = found.status
         answered = has_answer(found.status)
         solved = going.index_put((going.clone(),), answered)
         w = torch.cat([found.x, found.y - found.s], dim=-1)
@@ -111,29 +150,31 @@ class ConeWork:
         self._prove(going & ~has_answer(self.status), going, found)
 
     def _polish(self, which: Tensor, w: Tensor) -> None:
-        """Newton steps, each taken where it makes the residual smaller; one factorization serves them while it does."""
-        data, n = self._part(which), self.data.layout.n
-        dense, size = data.dense(), self.magnitude[which]
-        F = cone_optimality(w, data, self.cones)
+        """Newton steps, each taken where it makes the residual smaller; factored again where that isn't small yet."""
+        data, n, size = self._part(which), self.data.layout.n, self.magnitude[which]
+        y = self.cones.project(w[:, n:])
+        F = cone_optimality(w, data, self.cones, y)
         error = _largest_entry(F)
-        factor, fresh = ConeFactor(dense, self.cones, w[:, n:]), True
+        factor, stuck = factored(data, self.cones, w[:, n:], y), torch.zeros_like(error, dtype=torch.bool)
         for _ in range(self.solver.rounds):
-            if bool((error <= EXACT * size).all()):
+            if bool(((error <= EXACT * size) | stuck).all()):
                 break
-            trial = w - ConeInverse(factor, w, 1).apply(F)
-            moved = cone_optimality(trial, data, self.cones)
+            trial = w - torch.cat(factor.solve(F[:, :n], F[:, n:]), dim=-1)
+            multiplier = self.cones.project(trial[:, n:])
+            moved = cone_optimality(trial, data, self.cones, multiplier)
             smaller = _largest_entry(moved)
-            better = (smaller < error).unsqueeze(-1)
-            enough = bool((smaller < 0.1 * error).any())
-            w, F = torch.where(better, trial, w), torch.where(better, moved, F)
+            better = smaller < error
+            w, F, y = (torch.where(better[:, None], a, b) for a, b in ((trial, w), (moved, F), (multiplier, y)))
+            stuck = stuck | ~(smaller < error / 2)
             error = torch.minimum(smaller, error)
-            if not enough and (fresh or bool((error <= NEAR * size).all())):
-                break
-            if not enough:
-                factor = ConeFactor(dense, self.cones, w[:, n:])
-            fresh = not enough
+            again = better & (error > NEAR * size)
+            if bool(again.any()):
+                factor = refactored(factor, again, data, self.cones, w[:, n:], y)
         self.w[which], self.residual[which], self.degenerate[which] = w, error, factor.degenerate
-        self.factor = factor if bool(which.all()) else None
+        if bool(which.all()):
+            self.factor = factor
+        elif self.factor is not None:
+            self.factor = Patched(self.factor, which, factor)
 
     def _judge(self, solved: Tensor) -> None:
         right = self.residual <= self.solver.accuracy * self.magnitude

@@ -105,12 +105,12 @@ class Cones:
         joined = torch.cat(parts, dim=-1)
         return joined if self._order is None else joined[..., self._order.to(v.device)]
 
-    def rotation(self, v: Tensor) -> Rotation:
-        """The derivative of :meth:`project` at ``v (samples, rows)``, cone by cone in its eigenvectors.
+    def rotation(self, v: Tensor, y: Tensor) -> Rotation:
+        """The derivative of :meth:`project` at ``v (samples, rows)``, where it is ``y``: by eigenvectors of each cone.
 
         Rows of curved cones are then no longer rows but eigenvectors, in the same places.
         """
-        spectra = tuple(piece.spectrum(piece.take(v)) for piece in self._pieces)
+        spectra = tuple(piece.spectrum(piece.take(v), piece.take(y)) for piece in self._pieces)
         positive = (v[:, self.zero : self.linear] > 0).to(v.dtype)
         parts = [torch.ones_like(v[:, : self.zero]), positive, *[spectrum.values.flatten(-2) for spectrum in spectra]]
         joined = torch.cat(parts, dim=-1)
@@ -120,8 +120,7 @@ class Cones:
         """``Qᵀ M`` for ``M (samples, rows, k)``, or ``Q M``; of the linear rows it is ``M`` itself."""
         parts = [rows[:, : self.linear]]
         for piece, spectrum in zip(self._pieces, rotation.spectra, strict=True):
-            vectors = spectrum.vectors if back else spectrum.vectors.mT
-            parts.append((vectors @ piece.take(rows, -2)).flatten(-3, -2))
+            parts.append(spectrum.turned(piece.take(rows, -2), back=back).flatten(-3, -2))
         joined = torch.cat(parts, dim=-2)
         return joined if self._order is None else joined[:, self._order.to(rows.device)]
 

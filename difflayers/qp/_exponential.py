@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+import threading
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from difflayers.qp._scalar_root import scalar_root
+from difflayers._autodiff import primal
+from difflayers.qp._scalar_root import STEPS
+
+Array = np.ndarray[Any, np.dtype[Any]]
+SMALLEST, LARGEST = float(np.finfo(np.float64).tiny), float(np.finfo(np.float64).max)
+# Up to how many numbers the last projection is kept.
+REMEMBERED = 2**16
+_last = threading.local()
 
 
 def exponential_cone(x: Tensor) -> Tensor:
@@ -20,104 +31,229 @@ def exponential_cone(x: Tensor) -> Tensor:
     Args:
         x: finite, ``(*batch, 3)``.
     """
-    r, s, t = x.unbind(-1)
-    inside, polar, face = _regions(x.detach())
-    general = ~(inside | polar | face)
-    r, s, t = torch.where(general, r, 1), torch.where(general, s, 1), torch.where(general, t, 0)
-    point = _general(r, s, t)
-    flat = torch.stack([x[..., 0], torch.zeros_like(r), torch.relu(x[..., 2])], dim=-1)
-    point = torch.where(face.unsqueeze(-1), flat, point)
-    point = torch.where(polar.unsqueeze(-1), 0, point)
-    return torch.where(inside.unsqueeze(-1), x, point)
+    point: Tensor = _Nearest.apply(x)  # type: ignore[no-untyped-call]
+    return point
 
 
-def _regions(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which are in the cone, which in its polar, which over the face ``s = 0``."""
-    r, s, t = x.unbind(-1)
+def spectrum(x: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``(*batch, 3)``, and eigenvectors as columns, of the derivative at ``x`` with the nearest ``point``.
+
+    Along the boundary the cone is straight in the direction of the point itself and curved in the one orthogonal to
+    that and to the normal. With ``u`` that one and ``w = u₀ - ρ u₁``, the eigenvalue there is ``a/(a + b w²)``.
+    """
+    inside, polar, face = _divided(x)
+    plain = (inside | polar | face).unsqueeze(-1)
+    safe = torch.ones_like(x[..., 0])
+    near = torch.where(plain, torch.stack([0 * safe, safe, safe], dim=-1), point)
+    rest = torch.where(plain, torch.stack([safe, safe, -safe], dim=-1), x - point)
+    rho = _exponent(near, rest)
+    small, large = rho.clamp_max(0).exp(), (-rho).clamp_max(0).exp()
+    along = _unit(torch.stack([rho * large, large, small], dim=-1))
+    outward = torch.stack([small, (1 - rho) * small, -large], dim=-1)
+    normal = _unit(outward)
+    across = torch.linalg.cross(normal, along)
+    s, b = near[..., 1], small * (rest * outward).sum(-1) / outward.square().sum(-1)
+    bend = b * (across[..., 0] - rho * across[..., 1]).square()
+    ones = torch.ones_like(rho)
+    values = torch.stack([ones, s / torch.where(s + bend > 0, s + bend, 1), 0 * ones], dim=-1)
+    over = torch.stack([ones, 0 * ones, (x.detach()[..., 2] > 0).to(x)], dim=-1)
+    flat = torch.where(face.unsqueeze(-1), over, inside.unsqueeze(-1).to(x))
+    vectors = torch.stack([along, across, normal], dim=-1)
+    eye = torch.eye(3, dtype=x.dtype, device=x.device)
+    return torch.where(plain, flat, values), torch.where(plain.unsqueeze(-1), eye, vectors)
+
+
+@_disable_dynamo
+def _divided(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_regions` of a tensor, which may be a dual number or wrapped."""
+    r, s, t = x.detach().unbind(-1)
     exponent = torch.where(s > 0, r / torch.where(s > 0, s, 1), 0)
     inside = ((s > 0) & (s * exponent.exp() <= t)) | ((s == 0) & (r <= 0) & (t >= 0))
-    # The polar: r > 0 and r exp(s/r - 1) <= -t, or its limit.
     exponent = torch.where(r > 0, s / torch.where(r > 0, r, 1) - 1, 0)
     polar = ((r > 0) & (r * exponent.exp() <= -t)) | ((r == 0) & (s <= 0) & (t <= 0))
     return inside, polar & ~inside, (r <= 0) & (s <= 0) & ~inside & ~polar
 
 
-def _general(r: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """The point ``a (ρ, 1, exp ρ)``.
+def _exponent(point: Tensor, rest: Tensor) -> Tensor:
+    """``ρ`` from the longer one of ``a (ρ, 1, exp ρ)`` and ``b (1, 1 - ρ, -exp -ρ)``, of which one may be lost."""
+    near = point.detach()[..., 1] >= rest.detach()[..., 0]
+    below = torch.where(near, point[..., 1], rest[..., 0])
+    above = torch.where(near, point[..., 0], rest[..., 0] - rest[..., 1])
+    most = torch.finfo(point.dtype).max ** 0.3  # so that its square is a number
+    edge = torch.where(near, -1, 1).to(point) * most
+    return torch.where(below > 0, above / torch.where(below > 0, below, 1), edge).clamp(-most, most)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows / rows.square().sum(-1, keepdim=True).sqrt()
+
+
+def _moved(x: Tensor, direction: Tensor) -> Tensor:
+    """The derivative, which is symmetric, times a direction."""
+    values, vectors = spectrum(x, exponential_cone(x))
+    turned = (vectors * direction.unsqueeze(-1)).sum(-2)
+    return (vectors * (values * turned).unsqueeze(-2)).sum(-1)
+
+
+class _Nearest(torch.autograd.Function):
+    """The projection, whose derivative is made of projections: so it has every order."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _nearest(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _moved(x, cotangent)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        # Torch switches forward mode off in here; an enclosing transform would lose its own tangents.
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+            (x,) = ctx.saved_tensors
+            return _moved(primal(x), tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+        return _Nearest.apply(x.movedim(in_dims[0], 0)), 0  # type: ignore[no-untyped-call]
+
+
+@_disable_dynamo
+def _nearest(x: Tensor) -> Tensor:
+    """On the host; asked again for the last points, as polishing, duals and derivatives do, it remembers them."""
+    points = x.detach().cpu().double().numpy()
+    known = getattr(_last, "pair", None)
+    if known is None or not np.array_equal(known[0], points):
+        with np.errstate(all="ignore"):
+            known = points.copy(), _by_rows(points.reshape(-1, 3)).reshape(points.shape)
+        _last.pair = known if points.size <= REMEMBERED else None
+    return torch.from_numpy(known[1].copy()).to(x)
+
+
+def _by_rows(x: Array) -> Array:
+    inside, polar, face = _regions(x)
+    point = np.where(inside[:, None], x, 0)
+    point[face, 0], point[face, 2] = x[face, 0], np.maximum(x[face, 2], 0)
+    general = np.flatnonzero(~(inside | polar | face))
+    if len(general):
+        point[general] = _general(*x[general].T)
+    return point
+
+
+def _regions(x: Array) -> tuple[Array, Array, Array]:
+    """Which are in the cone, which in its polar, which over the face ``s = 0``."""
+    r, s, t = np.moveaxis(x, -1, 0)
+    with np.errstate(all="ignore"):
+        inside = ((s > 0) & (s * np.exp(r / s) <= t)) | ((s == 0) & (r <= 0) & (t >= 0))
+        # The polar: r > 0 and r exp(s/r - 1) <= -t, or its limit.
+        polar = ((r > 0) & (r * np.exp(s / r - 1) <= -t)) | ((r == 0) & (s <= 0) & (t <= 0))
+    return inside, polar & ~inside, (r <= 0) & (s <= 0) & ~inside & ~polar
+
+
+def _general(r: Array, s: Array, t: Array) -> Array:
+    """The points ``a (ρ, 1, exp ρ)``.
 
     ``ρ`` is above ``1 - s/r``, where ``a`` is zero, and below ``r/s``, where ``b`` is. The equation is
     ``log(a exp ρ) = log(t + b exp -ρ)``, or for negative ``t`` ``log(a exp ρ - t) = log(b exp -ρ)``. The unknown is the
     logarithm of how far ``ρ`` is from the nearer bound: where an exponential is large, that is far less than what
     rounding leaves of ``ρ`` itself.
     """
-    positive = t.detach() >= 0
-    above = _in_lower_half(r.detach(), s.detach(), t.detach(), positive)
-    low, high, start = _bracket(r.detach(), s.detach(), t.detach(), positive, above)
-    unknown = scalar_root(_equation, low, high, start, r, s, t, positive.to(r.dtype), above.to(r.dtype))
-    rho, size, up, down = _parts(unknown, r, s, above)
-    a = torch.where(above, r * unknown.exp(), (rho - 1) * r + s) / size
+    cone = _Rows(r, s, t, np.ones_like(r, dtype=bool))
+    above = cone.in_lower_half()
+    cone = _Rows(r, s, t, above)
+    unknown = _bracketed(cone, *cone.bracket())
+    rho, size, up, down = cone.parts(unknown)
+    a = np.where(above, r * np.exp(unknown), (rho - 1) * r + s) / size
     # The side of the equation without a term that may be zero times infinity.
-    last = torch.where(positive, t + torch.where(positive, down, 0).exp(), torch.where(positive, 0, up).exp())
-    return torch.stack([a * rho, a, last], dim=-1)
+    last = np.where(t >= 0, t + np.exp(np.where(t >= 0, down, 0)), np.exp(np.where(t >= 0, 0, up)))
+    return np.stack([a * rho, a, last], axis=-1)
 
 
-def _in_lower_half(r: Tensor, s: Tensor, t: Tensor, positive: Tensor) -> Tensor:
-    """Whether ``ρ`` is nearer to its lower bound, if it has both; else whether it has that one."""
-    both = (r > 0) & (s > 0)
-    one, other = torch.where(both, r, 1), torch.where(both, s, 1)
-    half = (one / other - 1 + other / one) / 2
-    value, _ = _equation(half.log(), one, other, t, positive.to(r.dtype), torch.ones_like(r))
-    return torch.where(both, value >= 0, r > 0)
+class _Rows:
+    """One equation per point ``(r, s, t)``; ``above``: whether the unknown is the distance from the lower bound."""
+
+    def __init__(self, r: Array, s: Array, t: Array, above: Array) -> None:
+        self.r, self.s, self.t, self.above, self.positive = r, s, t, above, t >= 0
+        self.scale = np.maximum(np.where(above, r, s), SMALLEST)
+        self.log_scale, self.log_t = np.log(self.scale), np.log(np.maximum(np.abs(t), SMALLEST))
+        self.low, self.high = np.where(r > 0, 1 - s / r, -LARGEST), np.where(s > 0, r / s, LARGEST)
+
+    def __getitem__(self, kept: Array) -> _Rows:
+        return _Rows(self.r[kept], self.s[kept], self.t[kept], self.above[kept])
+
+    def in_lower_half(self) -> Array:
+        """Whether ``ρ`` is nearer to its lower bound, if it has both; else whether it has that one."""
+        both = (self.r > 0) & (self.s > 0)
+        half = np.where(both, (self.r / self.s - 1 + self.s / self.r) / 2, 1)
+        found: Array = np.where(both, self.equation(np.log(half))[0] >= 0, self.r > 0)
+        return found
+
+    def bracket(self) -> tuple[Array, Array, Array]:
+        """What the unknown is between, and a guess: if what vanishes at the bound is alone, that it is ``t``."""
+        most = np.log(np.clip(self.high / 2 - self.low / 2, SMALLEST, LARGEST / 4)) + math.log(2)
+        bound = np.where(self.above, self.low, self.high)
+        target = self.log_t - self.log_scale + np.log(bound * (bound - 1) + 1)
+        target = np.where(self.above, target - bound, target + bound)
+        alone = self.above == self.positive
+        guess = np.where(alone, np.minimum(target, np.log(np.maximum(target, 1))), 0)
+        least = 2 * math.log(SMALLEST) - np.abs(bound)
+        return least, most, np.minimum(np.maximum(guess, least), most - 0.1)
+
+    def parts(self, unknown: Array) -> tuple[Array, Array, Array, Array]:
+        """``ρ``, ``ρ² - ρ + 1``, and the logarithms of ``a exp ρ`` and ``b exp -ρ``."""
+        distance = np.exp(unknown)
+        rho = np.where(self.above, self.low + distance, self.high - distance)
+        size = rho * (rho - 1) + 1
+        near, far = self.log_scale + unknown, np.log(self.other(rho))
+        up, down = np.where(self.above, near, far), np.where(self.above, far, near)
+        log_size = np.log(size)
+        return rho, size, up - log_size + rho, down - log_size - rho
+
+    def other(self, rho: Array) -> Array:
+        """Of ``a`` and ``b``, times ``ρ² - ρ + 1``, the one that doesn't vanish at the nearer bound."""
+        found: Array = np.maximum(np.where(self.above, self.r - rho * self.s, (rho - 1) * self.r + self.s), SMALLEST)
+        return found
+
+    def equation(self, unknown: Array) -> tuple[Array, Array]:
+        """What is to vanish, and its slope."""
+        rho, size, up, down = self.parts(unknown)
+        distance, bend, other = np.exp(unknown), (2 * rho - 1) / size, self.other(rho)
+        ratio = distance * np.where(self.above, self.s, self.r) / other
+        in_up = np.where(self.above, 1, ratio) + distance * (1 - bend)
+        in_down = np.where(self.above, -ratio, -1) - distance * (1 + bend)
+        # The side with two terms, and the share of the one that changes.
+        one = np.where(self.positive, down, up)
+        both = np.logaddexp(self.log_t, one)
+        share = np.exp(one - both)
+        value = np.where(self.positive, up - both, both - down)
+        slope = np.where(self.positive, in_up - share * in_down, share * in_up - in_down)
+        return np.where(self.above, value, -value), slope
 
 
-def _equation(
-    unknown: Tensor, r: Tensor, s: Tensor, t: Tensor, positive: Tensor, above: Tensor
-) -> tuple[Tensor, Tensor]:
-    positive, above = positive > 0, above > 0
-    smallest = torch.finfo(r.dtype).tiny
-    rho, size, up, down = _parts(unknown, r, s, above)
-    log_t = t.abs().clamp_min(smallest).log()
-    value = torch.where(positive, up - torch.logaddexp(log_t, down), torch.logaddexp(log_t, up) - down)
-    distance, bend = unknown.exp(), (2 * rho - 1) / size
-    a, b = _other(rho, r, s, above)
-    in_up = torch.where(above, 1, distance * r / a) + distance * (1 - bend)
-    in_down = torch.where(above, -distance * s / b, -1) - distance * (1 + bend)
-    slope = torch.where(
-        positive, in_up - torch.sigmoid(down - log_t) * in_down, torch.sigmoid(up - log_t) * in_up - in_down
-    )
-    return torch.where(above, value, -value), slope
-
-
-def _parts(unknown: Tensor, r: Tensor, s: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``ρ``, ``ρ² - ρ + 1``, and the logarithms of ``a exp ρ`` and ``b exp -ρ``."""
-    low = 1 - s / torch.where(above, r, 1)
-    high = r / torch.where(above, 1, s)
-    distance = unknown.exp()
-    rho = torch.where(above, low + distance, high - distance)
-    size = rho * (rho - 1) + 1
-    near = torch.where(above, r, s).clamp_min(torch.finfo(r.dtype).tiny).log() + unknown
-    a, b = _other(rho, r, s, above)
-    up = torch.where(above, near, a.log()) - size.log() + rho
-    return rho, size, up, torch.where(above, b.log(), near) - size.log() - rho
-
-
-def _other(rho: Tensor, r: Tensor, s: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
-    """``a`` and ``b``, times ``ρ² - ρ + 1``; one for what vanishes at the nearer bound."""
-    least = torch.finfo(r.dtype).tiny ** 0.4  # of which derivatives are finite still
-    a = torch.where(above, 1, (rho - 1) * r + s).clamp_min(least)
-    return a, torch.where(above, r - rho * s, 1).clamp_min(least)
-
-
-def _bracket(r: Tensor, s: Tensor, t: Tensor, positive: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the unknown is between, and a guess: if the term that vanishes at the bound is alone, that it is ``t``."""
-    info = torch.finfo(r.dtype)
-    low = torch.where(r > 0, 1 - s / torch.where(r > 0, r, 1), -info.max)
-    high = torch.where(s > 0, r / torch.where(s > 0, s, 1), info.max)
-    most = (high / 2 - low / 2).clamp(info.tiny, info.max / 4).log() + math.log(2)
-    bound = torch.where(above, low, high)
-    scale = torch.where(above, r, s).clamp_min(info.tiny)
-    target = (t.abs().clamp_min(info.tiny) / scale).log() + (bound * (bound - 1) + 1).log()
-    target = torch.where(above, target - bound, target + bound)
-    guess = torch.where(above == positive, torch.minimum(target, target.clamp_min(1).log()), 0)
-    least = 2 * math.log(info.tiny) - bound.abs()
-    return least, most, torch.minimum(torch.maximum(guess, least), most - 0.1)
+def _bracketed(cone: _Rows, low: Array, high: Array, root: Array) -> Array:
+    """Newton's method; bisection where a step leaves the bracket, or the last one wasn't half of the one before."""
+    eps, found, places = 4 * np.finfo(np.float64).eps, root.copy(), np.arange(len(root))
+    before = np.full_like(root, np.inf)
+    for _ in range(STEPS):
+        value, slope = cone.equation(root)
+        low, high = np.where(value <= 0, root, low), np.where(value >= 0, root, high)
+        newton = root - value / slope
+        step = np.abs(newton - root)
+        done = ((step <= eps * np.maximum(np.abs(root), 1)) & np.isfinite(slope)) | (np.abs(value) <= eps)
+        good = (newton >= low) & (newton <= high) & (step <= before / 2)
+        following = np.where(done, root, np.where(good, newton, (low + high) / 2))
+        before, root = np.abs(following - root), following
+        found[places] = root
+        if done.all():
+            break
+        if 2 * done.sum() > len(done):
+            left = ~done
+            low, high, root, before, places = (part[left] for part in (low, high, root, before, places))
+            cone = cone[left]
+    return found

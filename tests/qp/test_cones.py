@@ -71,7 +71,7 @@ def test_a_point_is_split_into_a_multiplier_and_a_slack_that_are_orthogonal(cone
 @pytest.mark.parametrize("cones", KINDS.values(), ids=KINDS)
 def test_spectra_are_those_of_the_derivative(cones):
     v = torch.randn(50, cones.rows)
-    rotation = cones.rotation(v)
+    rotation = cones.rotation(v, cones.project(v))
     eye = torch.eye(cones.rows).expand(50, -1, -1)
     turned = cones.turned(rotation, eye)
     contracts.assert_close(turned @ turned.mT, eye, 1e-12)
