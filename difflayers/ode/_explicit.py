@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from difflayers._autodiff import is_tracked
+from difflayers._autodiff import in_functorch, is_tracked
 from difflayers._problem import Form, Problem
 from difflayers._solution import Solution
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.ode._along import along, in_rows
+from difflayers.ode._compiled import CompiledStages
 from difflayers.ode._dop853 import DOP853
 from difflayers.ode._joint import JointRun
 from difflayers.ode._mesh import Mesh, RowMesh
@@ -41,6 +42,7 @@ class OneStepSolver(Solver):
     rtol: float = 0.0
     atol: float = 0.0
     per_sample: bool = False
+    compile: bool = False
     max_steps: int
 
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
@@ -58,6 +60,10 @@ class OneStepSolver(Solver):
 
     def mesh(self, t: Tensor, states: int | None, keep_stages: bool = False) -> Mesh | RowMesh:
         """Where the steps of a solve with these output times are kept."""
+        if self.compile and t.dim() > 1:
+            raise ProblemError(
+                f"compile=True is for output times (T,) that all samples share; t has shape {tuple(t.shape)}"
+            )
         return RowMesh(states) if self.per_sample or t.dim() > 1 else Mesh(states, keep_stages)
 
     def march(
@@ -80,9 +86,10 @@ class OneStepSolver(Solver):
         tracked = torch.is_grad_enabled() and is_tracked(t)
         rows = y.reshape(problem.samples, y.shape[-1])
         start = moved(evaluate, times[0], rows, t[0], start=True) if tracked else rows
-        solution = JointRun(self, evaluate, times, start.reshape(self.layout(problem)), problem.samples, mesh).run(
-            slope
-        )
+        run = JointRun(self, evaluate, times, start.reshape(self.layout(problem)), problem.samples, mesh)
+        if self.compile and not torch.is_grad_enabled() and not in_functorch():
+            run.stages = CompiledStages(self.tableau, evaluate, run.y, problem, tensors)
+        solution = run.run(slope)
         if tracked:
             own = [moved(evaluate, times[i], solution.value[:, i], t[i]) for i in range(1, len(times))]
             solution = replace(solution, value=torch.stack([rows, *own], dim=1))
@@ -104,10 +111,12 @@ class FixedStepSolver(OneStepSolver):
     Args:
         step_size: the longest step; None makes one step between two output times.
         max_steps: steps before a solve is ``MAX_STEPS``.
+        compile: as for :class:`AdaptiveSolver`.
     """
 
     step_size: float | None = None
     max_steps: int = 1_000_000
+    compile: bool = False
     adaptive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -155,14 +164,21 @@ class AdaptiveSolver(OneStepSolver):
         per_sample: whether every sample has its own step and its own error norm. Otherwise all share the step that the
             whole batch as one system needs, and a sample that fails also shortens the steps of the others until it is
             given up.
+        compile: whether ``torch.compile`` makes one function of the stages of a step, with ``fn`` in it, and another of
+            their vector-Jacobian products. It takes seconds, once for every right-hand side, and a C++ compiler. For
+            explicit methods where all samples step together; derivatives of higher order, in forward mode and under
+            ``torch.func`` don't use it.
     """
 
     rtol: float = 1e-6
     atol: float = 1e-8
     max_steps: int = 10_000
     per_sample: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
+        if self.compile and (self.per_sample or not self.explicit):
+            raise ProblemError("compile=True is for explicit methods whose samples all step together; leave it False")
         if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0):
             raise ProblemError(f"rtol and atol must not be negative, nor both zero; got {self.rtol} and {self.atol}")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from difflayers.ode._along import by_row
 from difflayers.ode._call import Call
+from difflayers.ode._compiled import CompiledSweep
 from difflayers.ode._linearization import flow
 from difflayers.ode._mesh import Mesh, RowMesh
 from difflayers.ode._parallel import parallel_gradient
@@ -57,13 +58,16 @@ def first_order(
     # The slope at the end is the first one of the next step, unless that one starts from elsewhere.
     shares = tableau.total == tableau.stages + 1 and not call.failed
     number = len(mesh.steps)
+    # Compiled products have no tape that samples which have failed could be kept from.
+    compiles = call.solver.compile and not call.failed
+    sweep = CompiledSweep(call.problem, tensors, [i - 2 for i in wanted if i > 1]) if compiles else None
     for segment in reversed(mesh.segments):
         for step, y in reversed(list(_states(tableau, evaluate, segment))):
             number -= 1
             given = owed(tableau, mesh.steps[number - 1], made[number - 1]) if shares and number else None
             handed_on = shares and number + 1 < len(mesh.steps)
             adjoint = pulled(
-                tableau, evaluate, step, y, adjoint, made[number], followed, gradients, given, handed_on
+                tableau, evaluate, step, y, adjoint, made[number], followed, gradients, given, handed_on, sweep
             )  # fmt: skip
     adjoint = adjoint + _equal_to_first(mesh, by_row(cotangent)).view(native)
     times = _time_gradient(evaluate, mesh, value, t, by_output, adjoint) if 1 in wanted else None
