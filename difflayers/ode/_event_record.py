@@ -17,6 +17,7 @@ from difflayers.ode._events import Signals
 from difflayers.ode._explicit import OneStepSolver
 from difflayers.ode._mesh import Mesh, RowMesh, RowStep, Step
 from difflayers.ode._problem import Evaluate, InitialValueProblem
+from difflayers.ode._rows import agrees
 from difflayers.ode._stages import stage_time
 
 
@@ -27,7 +28,7 @@ class Record:
     Attributes:
         solution: its value holds the outputs and the states in the slots, ``(samples, T + S, n)``, in the order of
             time; NaN behind them where a slot is empty or an output lies after the end.
-        mesh: the steps that made them.
+        mesh: the steps that made them; every sample's own, unless there is only one.
         slots: of which event every slot is.
         time: of every slot, ``(samples, S)``; NaN where it is empty.
         slope: how fast the event's function changes there.
@@ -39,7 +40,7 @@ class Record:
     """
 
     solution: Solution
-    mesh: RowMesh
+    mesh: Mesh | RowMesh
     slots: list[int]
     time: Tensor
     slope: Tensor
@@ -49,8 +50,25 @@ class Record:
     grazing: Tensor
 
 
+@dataclass(frozen=True)
+class Keep:
+    """What a rule for derivatives needs to know.
+
+    Attributes:
+        states: how many states, None for all.
+        stages: whether those of every step too, where samples step together.
+        together: whether steps of the only sample are to be those of all.
+        rows: whether some steps may be evaluated at once.
+    """
+
+    states: int | None = 0
+    stages: bool = False
+    together: bool = False
+    rows: bool = False
+
+
 def search(
-    solver: OneStepSolver, problem: InitialValueProblem, signals: Signals, params: Sequence[Tensor], states: int | None
+    solver: OneStepSolver, problem: InitialValueProblem, signals: Signals, params: Sequence[Tensor], keep: Keep
 ) -> Record:
     """Solve, and look for events; ``params`` are those of the problem, then those of the events."""
     y0, t, *tensors = params
@@ -58,7 +76,7 @@ def search(
     own = [y0, t, *tensors[:shared]]
     times = in_rows(t.detach().double(), y0.shape[:-1])
     rows = y0.reshape(-1, y0.shape[-1])
-    mesh = solver.mesh(t, states)
+    mesh = solver.mesh(t, keep.states, keep.stages and keep.together)
     start, span = times[:, :1], times[:, -1:] - times[:, :1]
     look = Lookout(signals.events, signals.evaluator(tensors), solver.tableau, start, span, rows)
     mesh.watch = look
@@ -68,7 +86,14 @@ def search(
         solution.value.reshape(len(rows), times.shape[1], rows.shape[1]), solution.status.reshape(-1),
         {name: stat.reshape(-1) for name, stat in solution.stats.items()},
     )  # fmt: skip
-    return _Recorder(solver, look, times, flat, problem.evaluator(tensors[:shared])).record(mesh)
+    record = _Recorder(solver, look, times, flat, problem.evaluator(tensors[:shared])).record(mesh)
+    if not isinstance(record.mesh, RowMesh):
+        return record
+    if isinstance(mesh, Mesh) and keep.together:
+        return replace(record, mesh=_together(mesh, record.mesh))
+    if keep.rows and not record.mesh.divisible:
+        record.mesh.divisible = _repeats(problem, tensors[:shared], start, rows)
+    return record
 
 
 class _Recorder:
@@ -226,6 +251,25 @@ def _outputs(step: Step, everybody: Tensor, times: Tensor) -> tuple[Tensor, Tens
     return everybody.repeat_interleave(len(index)), index.repeat(len(everybody)), s.repeat(len(everybody))
 
 
+def _together(mesh: Mesh, rows: RowMesh) -> Mesh:
+    """The steps of the only sample, with the outputs of its own."""
+    result = Mesh(mesh.states, mesh.keep_stages)
+    result.times = rows.times.flatten().tolist()
+    for step, row in zip(mesh.steps, rows.steps, strict=True):
+        made = tuple(zip(row.index.tolist(), row.s.tolist(), strict=True))
+        result.steps.append(replace(step, outputs=made))
+    return result
+
+
+def _repeats(problem: InitialValueProblem, tensors: Sequence[Tensor], t: Tensor, y: Tensor) -> bool:
+    """Whether the right-hand side of all samples twice is twice what it is: shapes only suggest what goes with them."""
+    rows = torch.arange(len(y), device=y.device).repeat(2)
+    found = problem.divided(tensors, rows) if len(y) else None
+    if found is None:
+        return False
+    return agrees(problem.evaluator(found[0]), t[rows], y[rows], problem.evaluator(tensors)(t.to(y.dtype), y)[rows])
+
+
 class Recorded(OneStepSolver):
     """A solver that hands on what was recorded, to whichever rule wants to differentiate it."""
 
@@ -239,8 +283,11 @@ class Recorded(OneStepSolver):
     def __repr__(self) -> str:
         return repr(self.solver)
 
-    def mesh(self, t: Tensor, states: int | None, keep_stages: bool = False) -> RowMesh:
+    def mesh(self, t: Tensor, states: int | None, keep_stages: bool = False) -> Mesh | RowMesh:
         return self.records[-1].mesh
+
+    def layout(self, problem: InitialValueProblem) -> torch.Size:
+        return self.solver.layout(problem)
 
     def march(
         self, problem: InitialValueProblem, params: Sequence[Tensor], mesh: Mesh | RowMesh, slope: Tensor | None = None

@@ -15,7 +15,8 @@ from difflayers._autodiff import in_functorch, is_tracked
 from difflayers._monitor import watch
 from difflayers._solution import OnFailure, Solution, Status
 from difflayers._solver import Solver
-from difflayers.ode._event_record import Record, Recorded, search
+from difflayers.ode._checkpointed import CheckpointedAdjoint
+from difflayers.ode._event_record import Keep, Record, Recorded, search
 from difflayers.ode._events import Event, Signals, event_parameters
 from difflayers.ode._explicit import OneStepSolver
 from difflayers.ode._problem import Evaluate, InitialValueProblem
@@ -76,12 +77,13 @@ def solve_with_events(
     start, times, *tensors = params
     signals, own = Signals(problem, events), event_parameters(events)
     signals.refuse_closures()
-    tracked = torch.is_grad_enabled() and (in_functorch() or any(p.requires_grad for p in params))
-    call = _Call(problem, solver, signals, getattr(rule, "states", None) if tracked else 0)
+    keep = _kept(problem, solver, rule, params)
+    call = _Call(problem, solver, signals, keep)
     found = _Found(*_search(call, *[p.detach() for p in (*params, *own)]))
     record = call.records[-1]
     given = times.double().expand(*start.shape[:-1], times.shape[-1])
     everything = torch.cat([given, found.time], -1).gather(-1, found.order)
+    everything = everything.flatten() if keep.together else everything
     solution = rule.apply(
         problem, Recorded(solver, call.records), (start, everything, *tensors), start.detach(), on_failure
     )
@@ -96,6 +98,16 @@ def solve_with_events(
     return replace(solution, value=value[..., :count, :], stats=stats), happened
 
 
+def _kept(problem: InitialValueProblem, solver: OneStepSolver, rule: Adjoint, params: Sequence[Tensor]) -> Keep:
+    if not isinstance(rule, CheckpointedAdjoint):
+        return Keep()
+    eager = not in_functorch()
+    together = eager and problem.samples == params[1].dim() == 1 and not solver.per_sample
+    if not (torch.is_grad_enabled() and (not eager or any(p.requires_grad for p in params))):
+        return Keep(together=together)
+    return Keep(rule.states, rule._parallel(solver, params), together, rows=solver.explicit and eager)
+
+
 @dataclass
 class _Call:
     """A search, and what came of it; shared with those that transforms make of it."""
@@ -103,12 +115,12 @@ class _Call:
     problem: InitialValueProblem
     solver: OneStepSolver
     signals: Signals
-    states: int | None
+    keep: Keep
     records: list[Record] = field(default_factory=list)
 
     def run(self, params: Sequence[Tensor]) -> Record:
         def solve() -> Solution:
-            self.records.append(search(self.solver, self.problem, self.signals, params, self.states))
+            self.records.append(search(self.solver, self.problem, self.signals, params, self.keep))
             return self.records[-1].solution
 
         watch("forward", self.solver, solve)

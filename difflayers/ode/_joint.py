@@ -79,8 +79,9 @@ class JointRun:
         self.accepted += 1
         self._drop_nonfinite(y)
         made = range(len(self.values), len(self.values) + self.times[len(self.values) :].count(end) if last else 0)
+        ended = self._look(h, y)
         self._record(h, tuple((index, 1.0) for index in made))
-        self._look(h, y)
+        self._leave(ended)
         self._move(end if last else self.t + h, y)
         self.values += [self.y] * len(made)
 
@@ -130,8 +131,9 @@ class JointRun:
             outputs.append((len(self.values), s))
             # A dead sample's output is never read.
             self.values.append(y if s == 1 else self.stages.inside(self.t, self.y, h, s))
+        ended = self._look(h, y)
         self._record(h, tuple(outputs))
-        self._look(h, y)
+        self._leave(ended)
         self._move(end, y)
         if len(self.values) == len(self.times) or self._done():
             return True
@@ -144,11 +146,12 @@ class JointRun:
         stages = self.stages.slopes.clone() if self.mesh.keep_stages else None
         self.mesh.add(Step(self.t, h, outputs, self.y, self.alive, stages))
 
-    def _look(self, h: float, y: Tensor) -> None:
-        """Samples may end in a step that was accepted."""
-        if self.mesh.watch is None:
-            return
-        ended = self.mesh.watch(self.stages, self.t, h, self.y, y, None, self.alive)
+    def _look(self, h: float, y: Tensor) -> Tensor | None:
+        """Which samples end in the step that was accepted."""
+        watch = self.mesh.watch
+        return None if watch is None else watch(self.stages, self.t, h, self.y, y, None, self.alive)
+
+    def _leave(self, ended: Tensor | None) -> None:
         if ended is not None:
             self._finish(ended & self._still(), Status.SUCCESS)
             self.alive = (self._still() & ~ended)[:, None]

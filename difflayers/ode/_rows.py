@@ -186,7 +186,7 @@ class RowRun:
         if evaluate is None:
             return None
         slope, y, t = self.stages.first[chosen], self.y[chosen], self.t[chosen]
-        if not self.divided and not _agrees(evaluate, t, y, slope):
+        if not self.divided and not agrees(evaluate, t, y, slope):
             self.part = _indivisible
             return None
         self.divided = self.mesh.divisible = True
@@ -210,7 +210,7 @@ def _indivisible(rows: Tensor) -> None:
     return None
 
 
-def _agrees(evaluate: Evaluate, t: Tensor, y: Tensor, slope: Tensor) -> bool:
+def agrees(evaluate: Evaluate, t: Tensor, y: Tensor, slope: Tensor) -> bool:
     """Whether a part is there what it is here: which arguments go with the samples, shapes only suggest."""
     try:
         there = evaluate(t.to(y.dtype), y)

@@ -21,6 +21,7 @@ from difflayers.ode import (
     Dopri5,
     Dopri8,
     Event,
+    Kvaerno5,
     Midpoint,
     ODELayer,
     Rodas,
@@ -30,7 +31,7 @@ from difflayers.ode import (
     odeint,
 )
 
-KINDS = [Bosh3, Dopri5, Tsit5, Dopri8, Rodas]
+KINDS = [Bosh3, Dopri5, Tsit5, Dopri8, Rodas, Kvaerno5]
 TIGHT = [kind(rtol=1e-9, atol=1e-9, per_sample=own) for kind in KINDS for own in (False, True)]
 SOLVERS = [*TIGHT, RK4(step_size=0.05)]
 ADJOINTS = [CheckpointedAdjoint(), CheckpointedAdjoint(states=3), UnrolledAdjoint(), BacksolveAdjoint()]
@@ -89,6 +90,23 @@ def test_gradients(solver, adjoint):
     inputs = wanting(falls())
     ours = torch.autograd.grad(total(thrown(solver, adjoint))(*inputs), inputs)
     assert_close(ours, torch.autograd.grad(total(landing)(*inputs), inputs), 1e-9)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("solver", [Tsit5(), Dopri8(), Dopri8(per_sample=True)], ids=repr)
+def test_stages_in_parallel(solver, parallel):
+    """The steps of a lone system, and those of samples of which each can be evaluated alone."""
+    for batch_dims in (0, 1):
+        for event in (Event(line, parts=1), Event(line, terminal=False)):
+            grads = []
+            for adjoint in (CheckpointedAdjoint(stage_parallel=parallel), UnrolledAdjoint()):
+                y0 = torch.tensor([[1.0, 0.3], [0.8, -0.2]])[slice(None) if batch_dims else 0]
+                inputs = wanting((y0, torch.tensor(0.7), torch.tensor([0.0, 0.5, 4.0])))
+                solution = odeint(swing, y0.requires_grad_(), inputs[2], (inputs[1],), batch_dims=batch_dims,
+                                  solver=solver, adjoint=adjoint, event=event)  # fmt: skip
+                loss = torch.nansum(solution.event_t.pow(2)) + torch.nansum(solution.event_y.pow(3))
+                grads.append(torch.autograd.grad(loss + solution.ys[1].pow(2).sum(), (y0, *inputs[1:])))
+            assert_close(*grads, 1e-11)
 
 
 def swing(t, y, length):
