@@ -15,6 +15,7 @@ from difflayers.qp._feasible import Sides, closest_feasible
 from difflayers.qp._highs import HiGHS
 from difflayers.qp._interior_point import InteriorPoint
 from difflayers.qp._layer import QPLayer
+from difflayers.qp._lpgd import LPGDAdjoint
 from difflayers.qp._moreau import Moreau
 from difflayers.qp._osqp import OSQP
 from difflayers.qp._piqp import PIQP
@@ -50,6 +51,7 @@ __all__ = [
     "CvxpySolution",
     "HiGHS",
     "InteriorPoint",
+    "LPGDAdjoint",
     "Moreau",
     "ProxQP",
     "QPLayer",

@@ -15,7 +15,7 @@ from difflayers.qp._sparse import Sparse
 
 @dataclass(frozen=True)
 class Nearest:
-    """``½ Σ cᵢ zᵢ² + q̂ᵀz`` subject to ``Az = b`` and ``d - z`` in the curved and nonnegative cones, where ``zᵢ = sᵢ xⱼ``.
+    """``½ Σ cᵢ zᵢ² + q̂ᵀz`` subject to ``Az = b`` and ``d - z`` in the cones after the zero ones, where ``zᵢ = sᵢ xⱼ``.
 
     That is what a cone program is whose ``P`` is diagonal and whose rows after the equations have one unknown each, all
     different, if curvature ``c`` is the same within each cone. ``column`` is ``j`` for every ``i``.
@@ -37,7 +37,7 @@ class Nearest:
         rows = C[first:]
         present = rows != 0
         alone = bool((present.sum(0) == 1).all()) and bool((present.sum(1) == 1).all())
-        if not alone or bool((P != torch.diag(weights)).any()) or not bool((weights > 0).all()):
+        if not alone or bool((torch.diag(weights) != P).any()) or not bool((weights > 0).all()):
             return None
         column = present.to(torch.int8).argmax(1)
         scale = rows.gather(1, column[:, None]).squeeze(1)
