@@ -76,7 +76,6 @@ def _table(report: Report, case: Case, comparison: Comparison, least: Floor) -> 
 
 def _goal(report: Report, case: Case, peer: tuple[str, Result], mine: Result, least: Floor, asked: float) -> None:
     name, other = peer
-    backend, factor = least.backend / mine.total, least.factorization / mine.total
     ratio = other.total / mine.total
     report.goal(
         Goal(
@@ -84,12 +83,19 @@ def _goal(report: Report, case: Case, peer: tuple[str, Result], mine: Result, le
             f"{_ms(other.total)}, gradient {other.gradient_error:.0e} ({name})",
             f"{_ms(mine.total)}, gradient {mine.gradient_error:.0e}",
             f"{_ms(least.total)} ({other.total / least.total:.1f}×)",
-            f"backend {backend:.0%}, factorization {factor:.0%}, rest {1 - backend - factor:.0%}",
+            _where(mine, least),
             f"≥ {asked:g}×",
             f"{ratio:.2f}×",
             ratio >= asked,
         )
     )
+
+
+def _where(mine: Result, least: Floor) -> str:
+    if mine.total < least.total:
+        return "less than Clarabel alone"
+    backend, factor = least.backend / mine.total, least.factorization / mine.total
+    return f"backend {backend:.0%}, factorization {factor:.0%}, rest {1 - backend - factor:.0%}"
 
 
 def _ms(seconds: float) -> str:
