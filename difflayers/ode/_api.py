@@ -26,6 +26,7 @@ from difflayers.ode._events import Event, event_parameters, events_of
 from difflayers.ode._explicit import OneStepSolver
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._state import State
+from difflayers.ode._times import filled, output_times
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ODESolution(Solution):
     For one event the attributes below are tensors, for a sequence of events tuples with one for each.
 
     Attributes:
-        t: the output times, ``(T,)`` or ``(*batch, T)``.
+        t: the output times, ``(T,)`` or ``(*batch, T)``, the latter with NaN after the last one of a sample.
         event_t: when an event was met: ``(*batch,)`` if it is terminal; otherwise ``(*batch, K)``, first to last, with
             ``K`` the largest number of times that any sample met it. NaN where it wasn't.
         event_y: the states then, ``(*batch, ...)`` or ``(K, *batch, ...)``, in the structure of ``y0``; NaN likewise.
@@ -86,7 +87,8 @@ def odeint(
         y0: the state at ``t[0]``, ``(*batch, ...)``, real or complex: a tensor, an array (then the answer is one), or
             a pytree of them.
         t: output times, increasing or decreasing, ``(T,)``; ``(*batch, T)`` gives every sample its own, and its own
-            steps. Equal times are fine.
+            steps; its rows may be padded with NaN after the last time of a sample, and a list of tensors, one ``(T,)``
+            for every sample of one batch dimension, is padded here. Outputs are NaN likewise. Equal times are fine.
         args: further arguments of ``fn``; pytrees of tensors or arrays.
         batch_dims: leading dimensions of ``y0`` that index independent systems; 0 is one system of any shape.
         solver: a solver object, or the name of one with its defaults.
@@ -138,7 +140,8 @@ def integrate(
     state = State.of(y0, batch_dims)
     start = state.pack(y0)
     args = to_tensors(tuple(args), start)
-    times = output_times(t, state, start)
+    given = output_times(t, state, start)
+    times, asked = filled(given)
     arguments, tensors = Arguments.of(fn, args)
     if mass is not None:
         if events:
@@ -157,7 +160,7 @@ def integrate(
             found, happened = solve_with_events(problem, chosen, rule, events, params, on_failure)
         else:
             found = rule.apply(problem, chosen, params, start.detach(), on_failure)
-    solution = _as_given(found, state, times)
+    solution = _as_given(found if asked is None else _masked(found, asked), state, given)
     if events:
         solution = _with_events(solution, state, happened, events, not isinstance(event, Sequence))
     return solution.numpy() if numpy else solution
@@ -176,46 +179,6 @@ def paired(problem: InitialValueProblem, solver: str | Solver, adjoint: Adjoint 
     return chosen, rule
 
 
-def as_times(t: Any) -> Tensor:
-    """``t`` as a tensor; Python's numbers stay what they are, whatever torch's default precision."""
-    t = to_tensors(t)
-    times = torch.as_tensor(t)
-    return times if isinstance(t, Tensor) or not times.is_floating_point() else torch.as_tensor(t, dtype=torch.float64)
-
-
-def output_times(t: Any, state: State, like: Tensor) -> Tensor:
-    """``t`` as a tensor ``(T,)`` or ``(samples, T)``.
-
-    Raises:
-        ProblemError: it is empty, of another shape, not finite or not monotone.
-    """
-    times = as_times(t).to(like.device)
-    if not times.is_floating_point():
-        if times.is_complex():
-            raise ProblemError("t is complex, but time is real")
-        times = times.to(like.dtype)
-    if times.dim() == 0 or times.shape[-1] == 0:
-        raise ProblemError(f"t has shape {tuple(times.shape)}; pass the output times, the first one that of y0")
-    if times.dim() > 1 and (times.shape[:-1] != state.batch or not state.batch):
-        raise ProblemError(
-            f"t has shape {tuple(times.shape)}, but must be (T,) or, with the batch of y0, "
-            f"{(*state.batch, 'T') if state.batch else '(*batch, T) with batch_dims'}"
-        )
-    if not in_functorch():
-        _check_monotone(times.detach())
-    return times.reshape(-1, times.shape[-1]) if times.dim() > 1 else times
-
-
-def _check_monotone(times: Tensor) -> None:
-    if not bool(times.isfinite().all()):
-        raise ProblemError("t isn't finite")
-    steps = times.diff(dim=-1)
-    good = (steps >= 0).all(-1) | (steps <= 0).all(-1)
-    if not bool(good.all()):
-        where = "" if times.dim() == 1 else f" in {int((~good).sum())} of {good.numel()} samples"
-        raise ProblemError(f"t must increase or decrease, and doesn't{where}; sort it, or solve in pieces")
-
-
 def _check_promise(
     problem: InitialValueProblem, start: Tensor, times: Tensor, tensors: Sequence[Tensor], checked: set[Any] | None
 ) -> None:
@@ -231,6 +194,14 @@ def _check_promise(
     check_independence(lambda rows: evaluate(t.to(start.dtype), rows), start.detach(), 1)
     if checked is not None:
         checked.add(key)
+
+
+def _masked(solution: Solution, asked: Tensor) -> Solution:
+    """NaN where a sample has no output time."""
+    shape = solution.value.shape
+    value = torch.where(asked.reshape((*shape[:-1], 1)), solution.value, torch.nan)
+    outputs = torch.minimum(solution.stats["outputs"], asked.sum(-1).reshape(shape[:-2]))
+    return replace(solution, value=value, stats={**solution.stats, "outputs": outputs})
 
 
 def _as_given(solution: Solution, state: State, times: Tensor) -> ODESolution:

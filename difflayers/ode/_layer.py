@@ -14,10 +14,11 @@ from difflayers._autodiff import Autocast
 from difflayers._solution import OnFailure
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
-from difflayers.ode._api import ODESolution, as_times, integrate, paired
+from difflayers.ode._api import ODESolution, integrate, paired
 from difflayers.ode._events import events_of
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._state import State
+from difflayers.ode._times import as_times
 
 
 class ODELayer(nn.Module):
