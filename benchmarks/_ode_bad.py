@@ -15,7 +15,18 @@ from torch import Tensor
 from difflayers import UnrolledAdjoint
 from difflayers._adjoint import Adjoint
 from difflayers.errors import SolverError
-from difflayers.ode import BacksolveAdjoint, Bosh3, Dopri5, Dopri8, Rodas, ScipyIVP, TorchDiffEq, Tsit5, odeint
+from difflayers.ode import (
+    BacksolveAdjoint,
+    Bosh3,
+    Dopri5,
+    Dopri8,
+    Kvaerno5,
+    Rodas,
+    ScipyIVP,
+    TorchDiffEq,
+    Tsit5,
+    odeint,
+)
 
 Solve = Callable[[Gradient, Tensor, Tensor], Tensor]
 PATIENCE = 30  # seconds
@@ -84,7 +95,7 @@ def _torchdiffeq(name: str, problem: Gradient, y0: Tensor, p: Tensor) -> Tensor:
 
 
 METHODS: dict[str, Solve] = {
-    **{kind.__name__: ours(kind) for kind in (Bosh3, Dopri5, Tsit5, Dopri8, Rodas)},
+    **{kind.__name__: ours(kind) for kind in (Bosh3, Dopri5, Tsit5, Dopri8, Rodas, Kvaerno5)},
     "Dopri5, per sample": ours(partial(Dopri5, per_sample=True)),
     "Dopri5, UnrolledAdjoint": ours(Dopri5, UnrolledAdjoint()),
     "Dopri5, BacksolveAdjoint": ours(Dopri5, BacksolveAdjoint()),
