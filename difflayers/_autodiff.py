@@ -55,7 +55,8 @@ class Tape:
 def push(fn: Function, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """The product ``Σ ∂fn/∂input · tangent`` at ``inputs``."""
     if in_functorch():
-        product: Tensor = torch.func.jvp(fn, tuple(inputs), tuple(tangents))[1]
+        # Copies, since torch makes no dual of an expanded tensor.
+        product: Tensor = torch.func.jvp(fn, tuple(x.clone() for x in inputs), tuple(tangents))[1]
         return product
     # Dual levels don't nest in eager mode, so the product is the derivative of a pullback, which is linear in u.
     with torch.enable_grad():

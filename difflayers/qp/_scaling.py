@@ -131,7 +131,8 @@ def _scaled(matrix: Matrix, rows: Tensor, columns: Tensor) -> Matrix:
 def _largest(matrix: Matrix, dim: int) -> Tensor:
     """The largest absolute value in every row (``dim`` is -1) or column (-2)."""
     if not isinstance(matrix, Sparse):
-        return matrix.abs().amax(dim)
+        largest: Tensor = matrix.abs().amax(dim)
+        return largest
     place = matrix.pattern.rows if dim == -1 else matrix.pattern.columns
     values = matrix.values.abs()
     found = values.new_zeros(*values.shape[:-1], matrix.shape[-3 - dim])
@@ -141,7 +142,8 @@ def _largest(matrix: Matrix, dim: int) -> Tensor:
 def _lengths(matrix: Matrix) -> Tensor:
     """The Euclidean length of every row."""
     if not isinstance(matrix, Sparse):
-        return torch.linalg.vector_norm(matrix, dim=-1)
+        lengths: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
+        return lengths
     squares = matrix.values.square()
     found = squares.new_zeros(*squares.shape[:-1], matrix.shape[-2])
     return found.index_add(-1, matrix.pattern.rows, squares).sqrt()

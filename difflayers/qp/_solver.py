@@ -19,6 +19,9 @@ from difflayers.qp._jacobian import Inverse
 from difflayers.qp._polish import Polished, polished
 from difflayers.qp._problem import QPProblem
 from difflayers.qp._scaling import Scaling, misleading
+from difflayers.qp._sparse_reduced import reduced
+
+_TOUCHING = 1e-11  # the slack of a row that passes through the solution, beside its limit
 
 
 class Answers(NamedTuple):
@@ -211,11 +214,12 @@ class Work:
         return (self.status == int(Status.INFEASIBLE)) | (self.status == int(Status.UNBOUNDED))
 
     def solution(self, init: Tensor, batch_dims: int) -> Solution:
+        margin = self._margin()
         stats = {
             "steps": self.steps,
             "residual": self.residual,
-            "margin": self._margin(),
-            "degenerate": self.degenerate,
+            "margin": margin,
+            "degenerate": self._dependent(margin),
         }
         if bool(self._proved().any()):
             stats["certificate"] = self.proofs
@@ -228,6 +232,15 @@ class Work:
         if self.slack.shape[-1] == 0:
             return self.slack.new_full((self.samples,), torch.inf)
         return torch.maximum(self.z, self.slack).amin(-1)
+
+    def _dependent(self, margin: Tensor) -> Tensor:
+        """Where active rows depend on each other, or on rows that are idle without any slack."""
+        weak = self.exact & (margin <= _TOUCHING)
+        if not bool(weak.any()):
+            return self.degenerate
+        sizes = 1 + torch.where(self.limits.isfinite(), self.limits, 0).abs()
+        touching = (self.active | (self.slack <= _TOUCHING * sizes))[weak]
+        return self.degenerate.index_put((weak,), reduced(self._part(weak), touching).degenerate)
 
     def _point(self, init: Tensor) -> Tensor:
         """The unknown: multiplier minus slack, whose sign tells the active set even where both are zero."""

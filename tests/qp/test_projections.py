@@ -481,3 +481,59 @@ def test_inside_a_transform_a_senseless_sample_is_nan():
     assert_close(value[0], torch.full((4,), 0.25))
     assert bool(value[1].isnan().all())
     assert bool(vmap(project_box)(torch.zeros(1, 4), torch.ones(1, 4), torch.zeros(1, 4)).isnan().all())
+
+
+SPECIAL = {
+    "zero": torch.zeros,
+    "ties": torch.ones,
+    "negative ties": lambda n: -torch.ones(n),
+    "at the boundary": lambda n: torch.full((n,), 1 / n),
+    "a vertex": lambda n: torch.eye(n)[0],
+    "a far one": lambda n: torch.full((n,), 1e8),
+}
+PLAIN = {
+    "box": lambda x: project_box(x, -1, 1),
+    "halfspace": lambda x: project_halfspace(x, torch.ones_like(x), 0.0),
+    "affine": lambda x: project_affine(x, torch.ones(1, x.shape[-1]), torch.zeros(1)),
+    "simplex": project_simplex,
+    "l1 ball": project_l1_ball,
+    "l2 ball": project_l2_ball,
+    "second-order cone": project_second_order_cone,
+    "psd cone": lambda x: project_psd(torch.diag_embed(x)),
+    "sparsemax": sparsemax,
+    "entmax": entmax,
+    "entmax, alpha": lambda x: entmax(x, 1.3),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("point", SPECIAL.values(), ids=SPECIAL)
+@pytest.mark.parametrize("project", PLAIN.values(), ids=PLAIN)
+def test_no_nan_at_special_points(project, point, size):
+    x = point(size)
+    for value in (project(x), jacrev(project)(x), jacfwd(project)(x), hessian(lambda x: project(x).sin().sum())(x)):
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("project", PLAIN.values(), ids=PLAIN)
+def test_no_samples_have_no_gradients(project, size):
+    x = torch.zeros(2, 0, size, requires_grad=True)
+    value = project(x)
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    assert value.shape[:2] == (2, 0)
+    assert gradient.shape == x.shape
+
+
+def test_cone_of_one_entry_is_the_half_line():
+    x = torch.tensor([[2.0], [-3.0]], requires_grad=True)
+    value = project_second_order_cone(x)
+    assert value.tolist() == [[2.0], [0.0]]
+    assert torch.autograd.grad(value.sum(), x)[0].tolist() == [[1.0], [0.0]]
+
+
+def test_origin_of_a_subspace_is_no_contradiction():
+    x = torch.ones(2, requires_grad=True)
+    value = project_affine(x, torch.ones(1, 2), torch.zeros(1))
+    assert_close(value, torch.zeros(2), 1e-15)
+    assert_close(jacrev(lambda x: project_affine(x, torch.ones(1, 2), torch.zeros(1)))(x), torch.eye(2) - 0.5, 1e-15)

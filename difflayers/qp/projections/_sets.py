@@ -106,7 +106,9 @@ def _affine(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
     value = x - times(inverse, times(A, x) - b)
     gap = (times(A, value) - b).detach().abs().amax(-1)
     scale = (times(A.abs(), value.abs()) + b.abs()).detach().amax(-1)
-    solved = gap <= torch.finfo(x.dtype).eps ** 0.5 * scale
+    eps = torch.finfo(x.dtype).eps
+    rounding = 16 * eps * times(A.abs(), x.abs()).detach().amax(-1)  # all that is left where the value is zero
+    solved = gap <= eps**0.5 * scale + rounding
     return torch.where(solved.unsqueeze(-1), value, torch.nan)
 
 
@@ -137,7 +139,7 @@ def _l2_ball(x: Tensor, radius: Tensor) -> Tensor:
 def length(x: Tensor, where: Tensor | None = None) -> Tensor:
     """The Euclidean norm over the last dimension; elsewhere than ``where`` any positive number, of derivative zero."""
     if x.shape[-1] == 0:
-        return x.sum(-1)
+        return x.sum(-1) if where is None else x.sum(-1) + 1
     # Squares of 1e-200 and 1e200 neither vanish nor overflow.
     scale = x.detach().abs().amax(-1)
     scale = torch.where(scale > 0, scale, 1)
