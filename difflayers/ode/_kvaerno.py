@@ -27,7 +27,7 @@ class Esdirk(ImplicitTableau):
     guesses: tuple[Row, ...] = ()
     rtol: float = 0.0
     atol: float = 0.0
-    newton: float = 0.01
+    newton: float = 0.03
 
 
 @lru_cache(maxsize=64)

@@ -56,7 +56,7 @@ class Kvaerno5(ImplicitSolver):
         newton: the part of the tolerance that may be left of the equations of a stage.
     """
 
-    newton: float = 0.01
+    newton: float = 0.03
 
     def __post_init__(self) -> None:
         super().__post_init__()
