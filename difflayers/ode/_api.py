@@ -43,7 +43,7 @@ class ODESolution(Solution):
     Attributes:
         t: the output times, ``(T,)`` or ``(*batch, T)``, the latter with NaN after the last one of a sample.
         event_t: when an event was met: ``(*batch,)`` if it is terminal; otherwise ``(*batch, K)``, first to last, with
-            ``K`` the largest number of times that any sample met it. NaN where it wasn't.
+            ``K`` the largest number of times that any sample met it. NaN where it wasn't; in the dtype of ``t``.
         event_y: the states then, ``(*batch, ...)`` or ``(K, *batch, ...)``, in the structure of ``y0``; NaN likewise.
         event_count: how many times a sample met it, ``(*batch,)``.
     """
