@@ -25,6 +25,7 @@ class Call:
     transformed: bool = False  # whether a transform may need the mesh as tensors of its own
     keep_stages: bool = False
     stage_parallel: bool | None = None
+    check: float | None = None
     slope: Tensor | None = None  # at the start, where it was evaluated already
     failures: list[bool] = field(default_factory=list)
     names: list[str] = field(default_factory=list)

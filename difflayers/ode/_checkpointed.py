@@ -28,8 +28,9 @@ from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.ode._along import along
 from difflayers.ode._call import Call
-from difflayers.ode._explicit import OneStepSolver
+from difflayers.ode._explicit import AdaptiveSolver, OneStepSolver
 from difflayers.ode._gradient import first_order, keeps_stages
+from difflayers.ode._gradient_check import check_gradient
 from difflayers.ode._mesh import RowMesh
 from difflayers.ode._problem import InitialValueProblem
 from difflayers.ode._tangents import Tangents
@@ -53,20 +54,31 @@ class CheckpointedAdjoint(Adjoint):
             was measured to be faster, for few small samples. Where all step together this runs the right-hand side
             under ``torch.func.vmap``, and None falls back where it can't; where samples have their own steps it is
             called with a large batch, if the solve has shown that samples can be evaluated without the others.
+        check: how much the gradient of an adaptive solver may differ from that of a solve with a tenth of the
+            tolerances, relative to its size; for every sample in the gradient of its start, and in each that samples
+            share. ``backward`` then takes both, three times as long or more, and raises or warns where they are further
+            apart, as ``on_failure`` says: the gradient of a discrete solution is exact, but can be far from that of the
+            exact solution while the solution itself is fine. Gradients of first order are checked, outside
+            ``torch.func``.
     """
 
     states: int | None = None
     stage_parallel: bool | None = None
+    check: float | None = None
 
     def __post_init__(self) -> None:
         if self.states is not None and self.states < 1:
             raise ProblemError(f"states must be at least 1, got {self.states}")
+        if self.check is not None and not self.check > 0:
+            raise ProblemError(f"check must be positive, got {self.check}")
 
     def supports(self, problem: Problem, solver: Solver) -> str | None:
         if problem.form not in ("ode", "dae") or not isinstance(solver, OneStepSolver):
             return f"it runs steps of the solvers of difflayers.ode once more, which {type(solver).__name__} isn't"
         if self.stage_parallel and not solver.explicit:
             return "stages in parallel are for explicit methods; leave stage_parallel=None"
+        if self.check is not None and not solver.adaptive:
+            return "check= compares with tighter tolerances, which a method of fixed step doesn't have"
         return None
 
     def apply(
@@ -77,8 +89,10 @@ class CheckpointedAdjoint(Adjoint):
         wanted = torch.is_grad_enabled() and (in_functorch() or any(p.requires_grad for p in params))
         kept = self.states if wanted else 0
         call = Call(problem, solver, on_failure, kept, in_functorch(), wanted and self._parallel(solver, params))
-        call.stage_parallel = self.stage_parallel
+        call.stage_parallel, call.check = self.stage_parallel, self.check
         closes_over = _looks_ahead(call, params)
+        if self.check is not None and (closes_over or not isinstance(solver, AdaptiveSolver)):
+            raise ProblemError("check= is for equations without events, and fn with all that it needs as arguments")
         value, status, *stats = _solve(call, *params)
         solution = Solution(value, status, dict(zip(call.names, stats, strict=False)))
         if closes_over:
@@ -187,6 +201,8 @@ def _cotangents(
                 found = pull(_replayed(call, params, columns, wanted), chosen)(cotangent)
             else:
                 found = first_order(call, value, params, cotangent, wanted)
+                if call.check is not None:
+                    check_gradient(call, params, cotangent, wanted, found)
     gradients: list[Tensor | None] = [None] * len(params)
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
