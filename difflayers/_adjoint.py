@@ -92,13 +92,20 @@ class ImplicitAdjoint(Adjoint):
         return move - move.detach()
 
 
+def _instead(problem: Problem) -> str:
+    """What serves where steps can't be unrolled."""
+    known = "CheckpointedAdjoint() with a solver such as Dopri5()"
+    return known if problem.form in ("ode", "dae") else "ImplicitAdjoint()"
+
+
 @dataclass(frozen=True)
 class UnrolledAdjoint(Adjoint):
     """Backpropagation through the solver's own steps; memory grows with them. For comparison, and for few steps."""
 
     def supports(self, problem: Problem, solver: Solver) -> str | None:
         if not solver.traceable:
-            return f"{type(solver).__name__} takes steps outside autograd, which can't be unrolled; use ImplicitAdjoint"
+            name = type(solver).__name__
+            return f"{name} takes steps outside autograd, which can't be unrolled; use {_instead(problem)}"
         return None
 
     def apply(
@@ -107,7 +114,7 @@ class UnrolledAdjoint(Adjoint):
         if any(map(batch_levels, (init, *params))):
             raise ProblemError(
                 "UnrolledAdjoint can't be vmapped: the loop that it traces reads which samples are done; give fn the "
-                "batch and batch_dims=1 instead, or use ImplicitAdjoint()"
+                f"batch and batch_dims=1 instead, or use {_instead(problem)}"
             )
         solution = watch("forward", solver, lambda: solver.solve(problem, params, init))
         check_status(solution, on_failure)

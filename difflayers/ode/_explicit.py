@@ -90,6 +90,9 @@ class OneStepSolver(Solver):
         if self.compile and not torch.is_grad_enabled() and not in_functorch():
             run.stages = CompiledStages(self.tableau, evaluate, run.y, problem, tensors)
         solution = run.run(slope)
+        if not problem.samples:
+            # How many numbers nobody has, a state in its native shape doesn't say.
+            solution = replace(solution, value=rows.unsqueeze(1).repeat(1, len(times), 1))
         if tracked:
             own = [moved(evaluate, times[i], solution.value[:, i], t[i]) for i in range(1, len(times))]
             solution = replace(solution, value=torch.stack([rows, *own], dim=1))

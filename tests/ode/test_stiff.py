@@ -239,9 +239,11 @@ def test_trees_complex_numbers_and_dtypes(method):
     assert single.dtype == torch.float32
     assert_close(single[-1], torch.full((2,), math.exp(-1), dtype=torch.float32), 1e-5)
     for per_sample in PACES:
+        nobody = {"a": torch.zeros(0, 2, requires_grad=True), "b": torch.zeros(0, 3)}
         solver = method(per_sample=per_sample)
-        empty = odeint(lambda t, y: -y, torch.zeros(0, 2), [0.0, 1.0], batch_dims=1, solver=solver).ys
-        assert empty.shape == (2, 0, 2)
+        empty = odeint(lambda t, y: {k: -v for k, v in y.items()}, nobody, [0.0, 1.0], batch_dims=1, solver=solver).ys
+        assert (empty["a"].shape, empty["b"].shape) == ((2, 0, 2), (2, 0, 3))
+        empty["a"].sum().backward()
 
 
 @every_method
