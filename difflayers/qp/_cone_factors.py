@@ -7,18 +7,24 @@ from torch import Tensor
 
 from difflayers.qp._cone_factor import ConeFactor, Exact, Proximal, constraints
 from difflayers.qp._cone_projection import Nearest, NearestFactor
+from difflayers.qp._cone_sparse import SparseFactor
 from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data, times, transposed
 
 # From how many unknowns on one factorization in x is the faster one.
 LARGE = 40
+# From how many unknowns and rows on sparse blocks are factored as such.
+SPARSE = 500
 # A test problem's solution that is off by more than this says that there are several.
 UNDETERMINED = 1e-6
 
 
 def factored(data: Data, cones: Cones, v: Tensor, y: Tensor) -> ConeFactor:
     """The Jacobian at ``v``, where the projection is ``y``; ``(samples, rows)``."""
-    rotation, data = cones.rotation(v, y), data.dense()
+    rotation = cones.rotation(v, y)
+    if data.sparse and data.layout.n + data.layout.m > SPARSE:
+        return SparseFactor(data, cones, rotation)
+    data = data.dense()
     if data.layout.n < LARGE:
         return Exact(data, cones, rotation)
     nearest = Nearest.of(data, cones)
@@ -46,17 +52,24 @@ def _undetermined(factor: Proximal, data: Data) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x, v = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.5 for size in (factor.n, data.layout.m))
     x, v = (t.to(data.q).expand(len(factor.values), -1) for t in (x, v))
-    C, turned = constraints(data)[0], factor.turned(v)
-    projected = factor.turned(factor.values * turned, back=True)
-    first, rows = times(data.P, x) + transposed(C, projected), times(C, x) + projected - v
+    C = constraints(data)[0]
+
+    def product(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        projected = factor.turned(factor.values * factor.turned(v), back=True)
+        return times(data.P, x) + transposed(C, projected), times(C, x) + projected - v
+
+    first, rows = product(x, v)
     found, other = factor.solve(first, rows)
+    left = [side - back for side, back in zip((first, rows), product(found, other), strict=True)]
+    found, other = (one + more for one, more in zip((found, other), factor.solve(*left), strict=True))
     error = torch.maximum((found - x).abs().amax(-1), (other - v).abs().amax(-1))
     return ~(error <= UNDETERMINED)
 
 
 def start(data: Data, cones: Cones, samples: int) -> Tensor | None:
     """Where Newton's method may start without a backend, if there is such a point."""
-    nearest = Nearest.of(data, cones) if data.layout.n >= LARGE else None
+    small = data.layout.n < LARGE or (data.sparse and data.layout.n + data.layout.m > SPARSE)
+    nearest = None if small else Nearest.of(data, cones)
     return None if nearest is None else nearest.start(data, cones, samples)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from difflayers.errors import ProblemError, UnknownNameError
 from difflayers.qp._cone_pieces import Piece, Spectrum, pieces
+from difflayers.qp._sparse import Sparse
 
 
 class Rotation(NamedTuple):
@@ -123,6 +124,21 @@ class Cones:
             parts.append(spectrum.turned(piece.take(rows, -2), back=back).flatten(-3, -2))
         joined = torch.cat(parts, dim=-2)
         return joined if self._order is None else joined[:, self._order.to(rows.device)]
+
+    def derivative(self, rotation: Rotation) -> Sparse:
+        """``D`` itself, block by block."""
+        samples, linear = len(rotation.values), torch.arange(self.linear, device=rotation.values.device)
+        rows, columns, values = [linear], [linear], [rotation.values[:, : self.linear]]
+        for piece, spectrum in zip(self._pieces, rotation.spectra, strict=True):
+            count, size = piece.index.shape
+            index = piece.index.to(linear.device)
+            eye = torch.eye(size, dtype=rotation.values.dtype, device=linear.device).expand(samples, count, size, size)
+            block = spectrum.turned(spectrum.values.unsqueeze(-1) * spectrum.turned(eye), back=True)
+            rows.append(index.unsqueeze(-1).expand(count, size, size).flatten())
+            columns.append(index.unsqueeze(-2).expand(count, size, size).flatten())
+            values.append(block.flatten(1))
+        indices = torch.stack([torch.cat(rows), torch.cat(columns)])
+        return Sparse(indices, torch.cat(values, dim=-1), (self.rows, self.rows))
 
     @cached_property
     def _pieces(self) -> tuple[Piece, ...]:

@@ -33,7 +33,7 @@ class LPGDAdjoint(Adjoint):
 
     With ``g`` the gradient of the loss at the answer ``x``, the problem is solved again for the objective
     ``f + τgᵀx' + ρ/2 ‖x' - x‖²``. The gradient is the difference of the Lagrangian's gradients at both solutions, over
-    ``τ`` (Paulus, Martius, Musil 2024, "LPGD: a general framework for backpropagation through embedded optimization
+    ``τ`` (Paulus et al. 2024, "LPGD: a general framework for backpropagation through embedded optimization
     layers", ICML). As ``τ`` and ``ρ`` become small it is the exact derivative where there is one. The derivative of a
     linear program in its objective is zero almost everywhere; this one isn't.
 
