@@ -13,7 +13,7 @@ ACCURACY, SECONDS = 0.985, 20.0
 
 def accuracy(seed: int, *, quick: bool) -> tuple[float, float]:
     """Test accuracy of the equilibrium model, and the CPU seconds of its training."""
-    from difflayers.demo._run import FULL, QUICK, digits_accuracy
+    from difflayers.demo._digits import FULL, QUICK, digits_accuracy
 
     return digits_accuracy(seed, QUICK if quick else FULL)
 

@@ -1,151 +1,148 @@
-"""The table, the figures and ``metrics.json``."""
+"""The table, ``report.html`` and ``metrics.json``."""
 
 from __future__ import annotations
 
+import base64
 import json
+import platform
+from collections.abc import Sequence
+from importlib.resources import files
+from io import BytesIO
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from difflayers import plot
-from difflayers.demo._model import Kind
-from difflayers.demo._run import Result, Results, Test
+from difflayers.demo._row import Row
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
+    from matplotlib.figure import Figure
     from rich.console import Console
 
-# distinguishable without color vision (Wong 2011)
-COLORS: dict[Kind, str] = {"equilibrium": "#0072b2", "once": "#d55e00", "explicit": "#009e73"}
+COLUMNS = (
+    "family",
+    "data",
+    "metric",
+    "ours",
+    "baseline",
+    "iterations",
+    "residual",
+    "gradient\nerror",
+    "difference\nfrom",
+    "seconds",
+)
+NEXT = (
+    ('python -c "import difflayers; print(difflayers.available_solvers())"', "what there is to choose from"),
+    ("difflayers doctor", "what is installed here, and a self-check"),
+    ("make docs", "the documentation, docs/_build/html/index.html"),
+)
 
 
-def report(results: Results, out: Path, console: Console) -> list[str]:
+def report(rows: Sequence[Row], failure: str, out: Path, console: Console) -> list[str]:
     """Show and save everything; the thresholds that were missed."""
-    from rich import box
-    from rich.table import Table
-
     out.mkdir(parents=True, exist_ok=True)
-    columns = ("model", "parameters", "test\naccuracy", "iterations", "residual", "gradient\nerror", "seconds")
-    table = Table(*columns, title="handwritten digits", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for result in results.models.values():
-        table.add_row(*_cells(result))
-    console.print(table)
-    missed = results.missed()
-    (out / "metrics.json").write_text(json.dumps(metrics(results), indent=2) + "\n")
-    figures(results, out)
-    console.print(f"figures and metrics.json are in {out}/")
+    missed = [sentence for row in rows for sentence in row.missed]
+    console.print(_table(rows))
+    console.print(f"[bold]A failure, on purpose.[/] {failure}", highlight=False)
+    (out / "metrics.json").write_text(json.dumps(metrics(rows), indent=2) + "\n")
+    (out / "report.html").write_text(page(rows, failure), encoding="utf-8")
+    console.print(f"\nreport.html and metrics.json are in {out}/. Next:", highlight=False)
+    for command, what in NEXT:
+        console.print(f"  {command}  [dim]# {what}[/]", highlight=False)
     for sentence in missed:
         console.print(f"[red]missed:[/] {sentence}")
     return missed
 
 
-def _cells(result: Result) -> list[str]:
-    test = result.test
-    solver = ("-", "-", "-")
-    if test is not None:
-        solver = (f"{test.iterations:.1f}", f"{test.residual:.1e}", f"{test.gradient_error:.1e}")
-    return [result.name, f"{result.parameters}", f"{result.accuracy:.1%}", *solver, f"{result.seconds:.1f}"]
+def cells(row: Row) -> list[str]:
+    """The row as text, in the order of ``COLUMNS``."""
+    score = row.score
+    return [
+        row.family,
+        row.data,
+        score.name,
+        f"{score.value:{score.form}}",
+        f"{score.other:{score.form}}, {score.baseline}" + ("" if score.beats else " (not beaten)"),
+        f"{row.iterations:.1f}",
+        f"{row.residual:.0e}",
+        f"{row.gradient_error:.0e}",
+        f"{row.difference:.0e}, {row.reference}",
+        f"{row.seconds:.1f}",
+    ]
 
 
-def metrics(results: Results) -> dict[str, Any]:
+def _table(rows: Sequence[Row]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    columns = ("layer", "result, beside a baseline", "solver", "exactness", "s")
+    table = Table(*columns, title="difflayers", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_lines=True)
+    for row in rows:
+        score = row.score
+        table.add_row(
+            f"[bold]{row.family}[/]\n{row.data}",
+            f"{score.name}\n[bold]{score.value:{score.form}}[/]\n{score.baseline}: {score.other:{score.form}}"
+            + ("" if score.beats else " [yellow](not beaten)[/]"),
+            f"{row.iterations:.0f} iterations\nresidual {row.residual:.0e}",
+            f"gradient {row.gradient_error:.0e}\n{row.difference:.0e} from\n{row.reference}",
+            f"{row.seconds:.0f}",
+        )
+    return table
+
+
+def metrics(rows: Sequence[Row]) -> dict[str, Any]:
     """Everything that was measured, as plain data."""
-    names: dict[Kind, str] = {"equilibrium": "equilibrium", "once": "applied_once", "explicit": "explicit"}
-    measured = {name: _measured(results.models[kind]) for kind, name in names.items()}
-    return {"seed": results.seed, "missed": results.missed(), **measured}
+    plain = {}
+    for row in rows:
+        score = row.score
+        plain[row.family] = {
+            "data": row.data,
+            "metric": score.name,
+            "value": score.value,
+            "baseline": {score.baseline: score.other},
+            "iterations": row.iterations,
+            "residual": row.residual,
+            "gradient_error": row.gradient_error,
+            "difference": {row.reference: row.difference},
+            "seconds": row.seconds,
+            "missed": row.missed,
+            **row.details,
+        }
+    return {"missed": [sentence for row in rows for sentence in row.missed], "families": plain}
 
 
-def _measured(result: Result) -> dict[str, Any]:
-    keys = ("parameters", "accuracy", "seconds", "cpu_seconds", "losses")
-    plain = {key: getattr(result, key) for key in keys}
-    if result.test is None:
-        return plain
-    test = result.test
-    return plain | {
-        "iterations": test.iterations,
-        "residual": test.residual,
-        "converged": test.converged,
-        "gradient_error": test.gradient_error,
-        "accuracy_after_iterations": test.accuracies,
-    }
+def page(rows: Sequence[Row], failure: str) -> str:
+    """One HTML page that needs nothing else: figures are inside."""
+    from jinja2 import Environment
 
-
-def figures(results: Results, out: Path) -> None:
-    """``training.png``: losses, and what is still misread. ``solver.png``: iterations in training and in the test."""
-    from matplotlib.figure import Figure
-
-    deq = results.models["equilibrium"]
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    parts: Any = figure.subfigures(1, 2)
-    left, right = parts
-    _losses(results, left.subplots())
-    _misread(results, right)
-    figure.savefig(out / "training.png", dpi=150)
-
-    figure = Figure(figsize=(11, 6.8), layout="constrained")
-    parts = figure.subfigures(2, 1)
-    above, below = parts
-    above.suptitle("training: every batch", fontsize="medium")
-    plot.training(deq.log, above)
-    below.suptitle("test: every image", fontsize="medium")
-    test = cast(Test, deq.test)
-    left, middle, right = below.subplots(1, 3)
-    plot.convergence(test.record, left, relative=True)
-    _iterations(test, middle)
-    _accuracies(results, right)
-    figure.savefig(out / "solver.png", dpi=150)
-
-
-def _losses(results: Results, axes: Axes) -> None:
-    for kind, result in results.models.items():
-        axes.plot(result.losses, color=COLORS[kind], linewidth=0.6, alpha=0.3)
-        axes.plot(_smooth(result.losses), color=COLORS[kind], linewidth=1.6, label=result.name)
-    axes.set(xlabel="step", ylabel="training loss, distorted images", yscale="log")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _smooth(losses: list[float], window: int = 10) -> list[float]:
-    return [fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
-
-
-def _misread(results: Results, figure: SubFigure, shown: int = 12) -> None:
-    data, guesses = results.data, torch.tensor(results.models["equilibrium"].guesses)
-    labels = data.y_test.cpu()
-    wrong = (guesses != labels).nonzero().flatten().tolist()
-    figure.suptitle(
-        f"{len(wrong)} of {len(labels)} test images misread at equilibrium"
-        + (f", {shown} of them here" if len(wrong) > shown else ""),
-        fontsize="medium",
+    template = files("difflayers.demo").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return (
+        Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            columns=[name.replace("\n", " ") for name in COLUMNS],
+            table=[cells(row) for row in rows],
+            rows=rows,
+            failure=failure,
+            next=NEXT,
+            image=_embedded,
+            code=_highlighted,
+            machine=f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+            f"torch {torch.__version__}",
+        )
     )
-    grid = figure.subplots(max(1, -(-len(wrong[:shown]) // 4)), 4)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, index in zip(grid.flat, wrong[:shown], strict=False):
-        axes.imshow(data.x_test[index, 0].cpu().numpy(), cmap="gray_r")
-        axes.set_title(f"{labels[index]} read as {guesses[index]}", fontsize="small")
 
 
-def _iterations(test: Test, axes: Axes) -> None:
-    low, high = min(test.steps), max(test.steps)
-    axes.hist(test.steps, bins=[edge - 0.5 for edge in range(low, high + 2)], color=COLORS["equilibrium"])
-    axes.set(xlabel="iterations to converge", ylabel="test images")
-    axes.spines[["top", "right"]].set_visible(False)
+def _embedded(figure: Figure) -> str:
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
 
 
-def _accuracies(results: Results, axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _highlighted(code: str) -> Any:
+    from markupsafe import Markup
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
 
-    deq = results.models["equilibrium"]
-    accuracies = cast(Test, deq.test).accuracies
-    axes.plot(range(1, len(accuracies) + 1), accuracies, ".-", color=COLORS["equilibrium"], label=deq.name)
-    for kind in ("once", "explicit"):
-        result = results.models[kind]
-        axes.axhline(result.accuracy, color=COLORS[kind], linestyle="--", linewidth=1.2, label=result.name)
-    axes.set(xlabel="applications of the cell", ylabel="test accuracy")
-    axes.yaxis.set_major_formatter("{x:.1%}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
+    return Markup(highlight(code, PythonLexer(), HtmlFormatter(noclasses=True, style="friendly")))
