@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from difflayers._implicit import ImplicitFunction
     from difflayers._monitor import Record, Trace, monitor
     from difflayers._problem import Problem, Residual, RootProblem
+    from difflayers._progress import progress
     from difflayers._solution import Solution, Status
     from difflayers._solver import CallableSolver, HostResidual, HostResult, HostSolver, IterativeSolver, Solver
 
@@ -28,6 +29,7 @@ _HOMES = {
     "_implicit": ("ImplicitFunction",),
     "_monitor": ("Record", "Trace", "monitor"),
     "_problem": ("Problem", "Residual", "RootProblem"),
+    "_progress": ("progress",),
     "_solution": ("Solution", "Status"),
     "_solver": ("CallableSolver", "HostResidual", "HostResult", "HostSolver", "IterativeSolver", "Solver"),
 }
@@ -59,6 +61,7 @@ __all__ = [
     "monitor",
     "ode",
     "plot",
+    "progress",
 ]
 
 

@@ -18,6 +18,7 @@ from difflayers._arrays import Packing, check_devices, to_tensors, uses_numpy
 from difflayers._autodiff import Autocast, in_functorch, without_autocast
 from difflayers._monitor import watch
 from difflayers._problem import Form, Problem, Residual, RootProblem
+from difflayers._progress import showing
 from difflayers._solution import OnFailure, Solution, check_status
 from difflayers._solver import Solver, mask_failed
 from difflayers.errors import ProblemError
@@ -52,13 +53,14 @@ class ImplicitFunction:
         if reason := self.adjoint.supports(self.problem, self.solver):
             raise TypeError(f"{self.adjoint!r} can't serve here: {reason}")
 
-    def __call__(self, *params: Any, init: Any = None) -> Solution:
+    def __call__(self, *params: Any, init: Any = None, progress: bool = False) -> Solution:
         """The answer for ``params``, its value on their graph.
 
         Args:
             params: pytrees of tensors or arrays, and anything else; what the residual gets after ``z``.
             init: where to start: a tensor, array or pytree like the unknown, or an earlier solution. A sample that
                 starts at NaN, such as one that had no answer, is ``NONFINITE``.
+            progress: whether to show a bar; see :func:`difflayers.progress`.
 
         Raises:
             ProblemError: shapes, dtypes or devices don't fit.
@@ -66,15 +68,15 @@ class ImplicitFunction:
         """
         if torch.compiler.is_compiling():
             return _call_outside_dynamo(self, params, init)
-        return self._call(params, init)
+        return showing(progress, lambda: self._call(params, init))
 
     def _call(self, params: Sequence[Any], init: Any) -> Solution:
         return self._with(params, init, self._attached)
 
-    def solve(self, *params: Any, init: Any = None) -> Solution:
+    def solve(self, *params: Any, init: Any = None, progress: bool = False) -> Solution:
         """The same numbers without a graph."""
         with torch.no_grad():
-            return self._with(params, init, self._detached)
+            return showing(progress, lambda: self._with(params, init, self._detached))
 
     def vjp(self, params: Sequence[Any], solution: Solution, cotangent: Any) -> tuple[Any, ...]:
         """The gradient of ``<cotangent, value>`` for every parameter, None where it isn't a floating tensor."""

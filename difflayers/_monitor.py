@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from difflayers._progress import current_bar
 from difflayers._solution import Solution, Status
 
 Role = Literal["forward", "adjoint", "tangent"]
@@ -161,11 +163,17 @@ def tracer(solver: object) -> Tracer | None:
 
 
 def watch(role: Role, solver: object, solve: Callable[[], Solution]) -> Solution:
-    """Run ``solve`` and tell the listeners about it; costs nothing when nobody listens.
+    """Run ``solve``, on a bar if one is shown, and tell the listeners about it; costs nothing when nobody listens.
 
     A solver that is ``watched`` only hands on what was told already.
     """
-    if not _listeners or getattr(solver, "watched", False):
+    bar = current_bar()
+    if (bar is None and not _listeners) or getattr(solver, "watched", False):
+        return solve()
+    if bar is not None:
+        name = type(getattr(solver, "linear_solver", solver)).__name__
+        solve = functools.partial(bar.follow, name if role == "forward" else f"{role}, {name}", solve)
+    if not _listeners:
         return solve()
     own = Tracer(solver) if any(listener.trace for listener in _listeners) else None
     outer = _tracer.set(own)

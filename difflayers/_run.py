@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from difflayers._arrays import default_tolerance, sample_norm, widen
 from difflayers._monitor import tracer
 from difflayers._problem import Problem, Residual
+from difflayers._progress import shown
 from difflayers._solution import Solution, Status
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Run:
         self.tracer = tracer(solver)
         if self.tracer is not None:
             self.tracer.add(self.error, None)
+        self.bar = shown()
         self.divisible = solver.divisible and problem.batch_dims == 1 and not torch.is_grad_enabled()
         self._end(finite & (self.error <= self.tolerance()), Status.SUCCESS)
 
@@ -99,6 +101,8 @@ class Run:
         self._end(self.active & (self.error <= self.tolerance()), Status.SUCCESS)
         if self.count >= self.solver.patience:
             self._end(self.active & (self.count - self.best_step >= self.solver.patience), Status.STALLED)
+        if self.bar is not None:
+            self.bar.show(self._report, steady=False)
 
     def shrink(self, state: Any) -> Any:
         """Leave behind who is done, if that is enough of them; the solver's state for those who stay."""
@@ -140,6 +144,12 @@ class Run:
             "relative_residual": torch.where(scale > 0, error / scale.clamp_min(torch.finfo(scale.dtype).tiny), error),
         }
         return Solution(value, self.status.to(torch.int8), stats, self.solver.inverse(self.residual, value, self.state))
+
+    def _report(self) -> tuple[float, str]:
+        limit, samples = self.solver.max_steps, self.status.numel() if self.rows is None else self.samples
+        residual = float(torch.where(self.active, self.error, 0).max())
+        left = f"{self.going:,}/{samples:,} samples left"
+        return self.count / limit, f"step {self.count:,}/{limit:,}, {left}, residual {residual:.1e}"
 
     def _end(self, samples: Tensor, status: Tensor | Status) -> None:
         if bool(samples.any()):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from difflayers._arrays import default_tolerance, sample_norm, widen
 from difflayers._problem import Form, Problem, Residual
+from difflayers._progress import counted
 from difflayers._run import Run
 from difflayers._solution import Solution, Status, has_answer
 from difflayers.linear import LinearOperator
@@ -217,7 +218,7 @@ class HostSolver(Solver):
         residual = problem.bind(*params)
         batch, event = init.shape[: problem.batch_dims], init.shape[problem.batch_dims :]
         starts = _host(init).reshape(-1, *event)
-        results = [self._solve_one(residual, init, i, x0) for i, x0 in enumerate(starts)]
+        results = [self._solve_one(residual, init, i, x0) for i, x0 in enumerate(counted(starts, len(starts)))]
         value = torch.as_tensor(np.stack([x for x, *_ in results]), dtype=init.dtype, device=init.device)
         columns = [
             torch.tensor(column, device=init.device).reshape(batch) for column in list(zip(*results, strict=True))[1:]
@@ -236,7 +237,8 @@ class HostSolver(Solver):
         result = self.solve_sample(fn, x0.copy())
         x = np.asarray(result.x, dtype=x0.dtype).reshape(x0.shape)
         norm = host_norm(fn(x))
-        if not np.isfinite(norm):
+        # Some functions are finite at infinity.
+        if not (np.isfinite(norm) and np.isfinite(x).all()):
             status = Status.NONFINITE if result.status.has_answer else result.status
             return x0, int(status), result.steps, fn.evaluations, norm
         return x, int(self._judged(fn, x, x0, first, result.status)), result.steps, fn.evaluations, norm

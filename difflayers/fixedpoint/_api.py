@@ -26,6 +26,7 @@ def root(
     adjoint: Adjoint | None = None,
     init: Any = None,
     on_failure: OnFailure = "raise",
+    progress: bool = False,
 ) -> Solution:
     """Solve ``fn(z, *args) = 0`` for ``z``, differentiable in ``args``.
 
@@ -39,6 +40,7 @@ def root(
         init: a warm start that takes precedence over ``z0``: a value like it, or an earlier solution, whose samples
             without an answer start from ``z0`` again.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``.
+        progress: whether to show a bar; see :func:`difflayers.progress`.
 
     Raises:
         ProblemError: shapes, dtypes or names don't fit.
@@ -53,7 +55,7 @@ def root(
     (3.0, 0.1667)
     """
     problem = RootProblem(fn, batch_dims)
-    return _call(problem, z0, args, solver, adjoint, init, on_failure)
+    return _call(problem, z0, args, solver, adjoint, init, on_failure, progress)
 
 
 def fixed_point(
@@ -66,6 +68,7 @@ def fixed_point(
     adjoint: Adjoint | None = None,
     init: Any = None,
     on_failure: OnFailure = "raise",
+    progress: bool = False,
 ) -> Solution:
     """Solve ``z = fn(z, *args)`` for ``z``, differentiable in ``args``; arguments as in :func:`root`.
 
@@ -76,7 +79,7 @@ def fixed_point(
     0.739085133
     """
     problem = FixedPointProblem(fn, batch_dims)
-    return _call(problem, z0, args, solver, adjoint, init, on_failure)
+    return _call(problem, z0, args, solver, adjoint, init, on_failure, progress)
 
 
 def minimize(
@@ -89,6 +92,7 @@ def minimize(
     adjoint: Adjoint | None = None,
     init: Any = None,
     on_failure: OnFailure = "raise",
+    progress: bool = False,
 ) -> Solution:
     """Find ``z`` where ``fn(z, *args)`` is least nearby, differentiable in ``args``; arguments as in :func:`root`.
 
@@ -103,7 +107,7 @@ def minimize(
     >>> a.grad.numpy().round(6)
     array([1. , 0.5])
     """
-    return _call(MinimizeProblem(fn, batch_dims), z0, args, solver, adjoint, init, on_failure)
+    return _call(MinimizeProblem(fn, batch_dims), z0, args, solver, adjoint, init, on_failure, progress)
 
 
 def least_squares(
@@ -116,6 +120,7 @@ def least_squares(
     adjoint: Adjoint | None = None,
     init: Any = None,
     on_failure: OnFailure = "raise",
+    progress: bool = False,
 ) -> Solution:
     """Find ``z`` where ``½‖fn(z, *args)‖²`` is least nearby, differentiable in ``args``; arguments as in :func:`root`.
 
@@ -130,7 +135,7 @@ def least_squares(
     >>> least_squares(lambda z, y: z[0] * torch.exp(-z[1] * t) - y, z0, (y,)).value.numpy().round(6)
     array([2. , 1.5])
     """
-    return _call(LeastSquaresProblem(fn, batch_dims), z0, args, solver, adjoint, init, on_failure)
+    return _call(LeastSquaresProblem(fn, batch_dims), z0, args, solver, adjoint, init, on_failure, progress)
 
 
 def _call(
@@ -141,10 +146,11 @@ def _call(
     adjoint: Adjoint | None,
     init: Any,
     on_failure: OnFailure,
+    progress: bool,
 ) -> Solution:
     solver = resolve(solver, available_solvers("fixedpoint"))
     function = ImplicitFunction(problem, solver, adjoint or ImplicitAdjoint(), on_failure)
-    return function(*args, init=_start(z0, init))
+    return function(*args, init=_start(z0, init), progress=progress)
 
 
 def _start(z0: Any, init: Any) -> Any:

@@ -15,6 +15,7 @@ from difflayers._adjoint import Adjoint, ImplicitAdjoint
 from difflayers._areas import available_solvers, resolve
 from difflayers._arrays import Packing
 from difflayers._implicit import ImplicitFunction
+from difflayers._progress import showing
 from difflayers._solution import OnFailure, Solution, restarted
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
@@ -101,7 +102,7 @@ class DEQ(nn.Module):
         """The equilibrium; ``init`` as in :meth:`solve`."""
         return self.solve(*args, init=init).value
 
-    def solve(self, *args: Any, init: Any = None, at: Sequence[int] = ()) -> Equilibrium:
+    def solve(self, *args: Any, init: Any = None, at: Sequence[int] = (), progress: bool = False) -> Equilibrium:
         """The equilibrium with status and statistics, its value on the graph.
 
         Args:
@@ -113,10 +114,11 @@ class DEQ(nn.Module):
                 correction; Bai et al. 2022, CVPR, "Deep Equilibrium Optical Flow Estimation"). They are ``fn`` applied
                 once to the iterate after that many steps, and their derivatives are those of this one application at a
                 fixed iterate, a one-step phantom gradient. Samples that are done earlier stand still.
+            progress: whether to show a bar; see :func:`difflayers.progress`.
         """
         if torch.compiler.is_compiling():
             return _solve_outside_dynamo(self, args, init, at)
-        return self._solve(args, init, at)
+        return showing(progress, lambda: self._solve(args, init, at))
 
     def jacobian_penalty(
         self, solution: Any, *args: Any, samples: int = 1, generator: Generator | None = None

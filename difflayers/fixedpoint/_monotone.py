@@ -59,8 +59,8 @@ class _Monotone(nn.Module):
         object.__setattr__(function, "_checked", self._checked.setdefault(problem.batch_dims, set()))
         return function
 
-    def solve(self, x: Tensor, init: Any = None) -> Solution:
-        """The equilibrium with status and statistics, its value on the graph."""
+    def solve(self, x: Tensor, init: Any = None, progress: bool = False) -> Solution:
+        """The equilibrium with status and statistics, its value on the graph; with a bar if ``progress``."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -117,11 +117,12 @@ class MonotoneDEQ(_Monotone):
         eye = torch.eye(self.A.shape[0], dtype=self.A.dtype, device=self.A.device)
         return (1 - self.margin) * eye - self.A.mT @ self.A + self.B - self.B.mT
 
-    def solve(self, x: Tensor, init: Any = None) -> Solution:
-        """The equilibrium with status and statistics, its value on the graph."""
+    def solve(self, x: Tensor, init: Any = None, progress: bool = False) -> Solution:
+        """The equilibrium with status and statistics, its value on the graph; with a bar if ``progress``."""
         offset = self.injection(x)
         problem = MonotoneProblem(batch_dims=offset.dim() - 1)
-        return self._function(problem)(self.weight, offset, init=torch.zeros_like(offset) if init is None else init)
+        init = torch.zeros_like(offset) if init is None else init
+        return self._function(problem)(self.weight, offset, init=init, progress=progress)
 
 
 class MonotoneConvDEQ(_Monotone):
@@ -166,8 +167,8 @@ class MonotoneConvDEQ(_Monotone):
         self.B = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self._function(ConvolutionProblem(margin=margin))
 
-    def solve(self, x: Tensor, init: Any = None) -> Solution:
-        """The equilibrium with status and statistics, its value on the graph."""
+    def solve(self, x: Tensor, init: Any = None, progress: bool = False) -> Solution:
+        """The equilibrium with status and statistics, its value on the graph; with a bar if ``progress``."""
         size = self.A.shape[-1]
         if min(x.shape[-2:]) < size:
             raise ProblemError(f"images are {x.shape[-2]} × {x.shape[-1]}, smaller than the kernel of {size} × {size}")
@@ -176,7 +177,7 @@ class MonotoneConvDEQ(_Monotone):
         offset = offset.reshape(*batch, *offset.shape[-3:])
         problem = ConvolutionProblem(batch_dims=len(batch), margin=self.margin)
         init = torch.zeros_like(offset) if init is None else init
-        return self._function(problem)(self.A, self.B, offset, init=init)
+        return self._function(problem)(self.A, self.B, offset, init=init, progress=progress)
 
 
 class Circulant(Blocks):

@@ -81,13 +81,19 @@ class MultiscaleDEQ(nn.Module):
         states: tuple[Tensor, ...] = self.solve(x, init=init).value
         return states
 
-    def solve(self, x: Tensor, init: Sequence[Tensor] | Solution | None = None, at: Sequence[int] = ()) -> Equilibrium:
-        """The equilibrium with status and statistics, its value on the graph; ``init`` and ``at`` as in :class:`DEQ`.
+    def solve(
+        self,
+        x: Tensor,
+        init: Sequence[Tensor] | Solution | None = None,
+        at: Sequence[int] = (),
+        progress: bool = False,
+    ) -> Equilibrium:
+        """The equilibrium with status and statistics, its value on the graph; arguments as in :meth:`DEQ.solve`.
 
         Raises:
             ProblemError: the images have the wrong number of channels, or too few pixels.
         """
-        return self.deq.solve(self._injection(x), init=init, at=at)
+        return self.deq.solve(self._injection(x), init=init, at=at, progress=progress)
 
     def jacobian_penalty(
         self, solution: Equilibrium, x: Tensor, samples: int = 1, generator: Generator | None = None

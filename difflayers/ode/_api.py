@@ -15,6 +15,7 @@ from difflayers._arguments import Arguments
 from difflayers._arrays import check_devices, to_tensors, uses_numpy
 from difflayers._autodiff import Autocast, in_functorch, without_autocast
 from difflayers._problem import check_independence
+from difflayers._progress import showing
 from difflayers._solution import OnFailure, Solution, to_numpy
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
@@ -77,6 +78,7 @@ def odeint(
     event: Any = None,
     mass: Any = None,
     on_failure: OnFailure = "raise",
+    progress: bool = False,
 ) -> ODESolution:
     """Solve ``dy/dt = fn(t, y, *args)`` with ``y(t[0]) = y0``; differentiable in ``y0``, ``t`` and ``args``.
 
@@ -101,6 +103,7 @@ def odeint(
             rest of the state (index 1) and ``y0`` satisfies them, see :func:`consistent_initial`. For :class:`Rodas`
             and :class:`Kvaerno5`; differentiable, but for its rank.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``: a sample that fails is NaN from there on.
+        progress: whether to show a bar; see :func:`difflayers.progress`.
 
     Raises:
         ProblemError: shapes, dtypes or names don't fit, or ``t`` isn't monotone.
@@ -117,7 +120,9 @@ def odeint(
     >>> round(rate.grad.item(), 5)
     -0.36788
     """
-    return integrate(fn, y0, t, args, batch_dims, solver, adjoint, event, on_failure, mass=mass)
+    return showing(
+        progress, lambda: integrate(fn, y0, t, args, batch_dims, solver, adjoint, event, on_failure, mass=mass)
+    )
 
 
 def integrate(

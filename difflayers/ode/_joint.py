@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from difflayers._progress import shown
 from difflayers._solution import Solution, Status
 from difflayers.ode._control import Controller, first_step
 from difflayers.ode._mesh import Mesh, Step
@@ -47,6 +48,7 @@ class JointRun:
         self.counts = torch.zeros(4, samples, dtype=torch.int64, device=y.device)
         self.reached = torch.zeros(samples, dtype=torch.int64, device=y.device)
         self.time = torch.full((samples,), self.t, dtype=torch.float64, device=y.device)
+        self.bar = shown()
 
     def run(self, slope: Tensor | None) -> Solution:
         """Step to the end, or to where no sample gets further."""
@@ -161,6 +163,12 @@ class JointRun:
             y = torch.where(self.alive, y.reshape(self.rows), self.y.reshape(self.rows)).view(y.shape)
         self.y = y
         self.t = t
+        if self.bar is not None:
+            self.bar.show(self._report)
+
+    def _report(self) -> tuple[float, str]:
+        done = 1 - abs((self.end - self.t) / self.span) if self.span else 1.0
+        return done, f"{self.accepted:,} steps accepted, {self.rejected:,} rejected"
 
     def _still(self) -> Tensor:
         return torch.ones_like(self.status, dtype=torch.bool) if self.alive is None else self.alive.squeeze(1)

@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from difflayers._adjoint import Adjoint
 from difflayers._arguments import Arguments
 from difflayers._autodiff import Autocast
+from difflayers._progress import showing
 from difflayers._solution import OnFailure
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
@@ -85,22 +86,11 @@ class ODELayer(nn.Module):
         """The states, ``(T, *batch, ...)``, in the structure of ``y0``."""
         return self.solve(y0, *args).ys
 
-    def solve(self, y0: Any, *args: Any) -> ODESolution:
-        """The solution with status and statistics, on the graph."""
+    def solve(self, y0: Any, *args: Any, progress: bool = False) -> ODESolution:
+        """The solution with status and statistics, on the graph; with a bar if ``progress``."""
         call = _outside_dynamo if torch.compiler.is_compiling() else integrate
-        return call(
-            self.fn,
-            y0,
-            self.t,
-            args,
-            self.batch_dims,
-            self.solver,
-            self.adjoint,
-            self.event,
-            self.on_failure,
-            self._checked,
-            self.mass,
-        )
+        options = (self.batch_dims, self.solver, self.adjoint, self.event, self.on_failure, self._checked, self.mass)
+        return showing(progress, lambda: call(self.fn, y0, self.t, args, *options))
 
     def extra_repr(self) -> str:
         times, batch = self.t.shape[-1], self.batch_dims

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from difflayers._progress import shown
 from difflayers._solution import Solution, Status
 from difflayers.ode._control import RowController, first_steps
 from difflayers.ode._mesh import RowMesh, RowStep
@@ -49,6 +50,7 @@ class RowRun:
         self.time = self.t.squeeze(1).clone()
         self.trials, self.divided = 0, False
         self.kept: Tensor | None = None
+        self.bar = shown()
 
     def run(self, slope: Tensor | None) -> Solution:
         """Step until every sample has ended."""
@@ -155,6 +157,15 @@ class RowRun:
             self.going = self.going & ~ended
         self.made[self.rows] = self.next
         self.time[self.rows] = self.t.squeeze(1)
+        if self.bar is not None:
+            self.bar.show(self._report)
+
+    def _report(self) -> tuple[float, str]:
+        """How far the slowest sample is."""
+        left = torch.where(self.going[:, None] & (self.span != 0), ((self.end - self.t) / self.span).abs(), 0)
+        samples = f"{int(self.going.sum()):,}/{self.samples:,} samples left"
+        accepted, rejected = self.counts[1:3].amax(1).tolist()
+        return 1 - float(left.max()), f"{samples}, {accepted:,} steps accepted, {rejected:,} rejected"
 
     def _make(self, row: Tensor, index: Tensor, h: Tensor, y: Tensor, end: Tensor) -> Tensor:
         """Outputs ``index`` of the samples ``row``; where they are inside the step."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from difflayers._autodiff import value_and_jacobian
 from difflayers._problem import Form, Problem
+from difflayers._progress import Bar, counted, shown
 from difflayers._solution import Solution, Status
 from difflayers._solver import Array, Solver
 from difflayers.errors import ProblemError, UnknownNameError
@@ -59,13 +60,15 @@ class ScipyIVP(Solver):
         outcome.stats["steps"] = torch.zeros_like(outcome.stats["outputs"])
         with torch.no_grad():
             alone = fields(problem, tensors, rows, t[..., 0], self.max_evaluations)
-            for i in range(problem.samples):
+            for i in counted(range(problem.samples), problem.samples):
                 times = (t[i] if t.dim() > 1 else t).double().tolist()
                 self._solve_one(alone(i), rows[i : i + 1], times, outcome, i)
         return outcome.solution(y0.shape[:-1])
 
     def _solve_one(self, field: Field, y0: Tensor, times: list[float], outcome: Outcome, sample: int) -> None:
         run = _Run(self, field, y0, times)
+        if len(outcome.status) == 1:  # several are counted
+            run.bar = shown()
         status = run.run()
         made = torch.as_tensor(np.stack(run.values), dtype=y0.dtype, device=y0.device)
         outcome.put(slice(sample, sample + 1), made[None], status, field.evaluations, run.t)
@@ -80,6 +83,7 @@ class _Run:
         self.t, self.steps = times[0], 0
         start: Array = y0[0].cpu().double().numpy()
         self.values = [start]
+        self.bar: Bar | None = None
 
     def run(self) -> Status:
         """Step to the end, or to where it gets no further."""
@@ -111,12 +115,17 @@ class _Run:
                 finite = self.field.finite and np.isfinite(stepper.y).all()
                 return Status.STALLED if finite else Status.NONFINITE
             self.t, self.steps = float(stepper.t), self.steps + 1
+            if self.bar is not None:
+                self.bar.show(self._report)
             dense = None
             while len(self.values) < len(self.times) and (self.times[len(self.values)] - self.t) * direction <= 0:
                 time = self.times[len(self.values)]
                 dense = stepper.dense_output() if dense is None and time != self.t else dense
                 self.values.append(stepper.y.copy() if time == self.t or dense is None else dense(time))
         return Status.SUCCESS
+
+    def _report(self) -> tuple[float, str]:
+        return (self.t - self.times[0]) / (self.times[-1] - self.times[0]), f"{self.steps:,} steps"
 
     def _stepper(self) -> Any:
         import scipy.integrate

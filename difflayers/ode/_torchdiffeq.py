@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from difflayers._problem import Form, Problem
+from difflayers._progress import counted
 from difflayers._solution import Solution, Status
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError, UnknownNameError
@@ -78,7 +79,7 @@ class TorchDiffEq(Solver):
                 together = self._solve(field, rows, t, outcome, slice(None)).has_answer or problem.samples == 1
             if not together:
                 alone = fields(problem, tensors, rows, t[..., 0], self.max_evaluations)
-                for i in range(problem.samples):
+                for i in counted(range(problem.samples), problem.samples):
                     times = t[i] if t.dim() > 1 else t
                     self._solve(alone(i), rows[i : i + 1], times, outcome, slice(i, i + 1))
         return outcome.solution(y0.shape[:-1])

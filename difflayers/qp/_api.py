@@ -12,6 +12,7 @@ from difflayers._adjoint import Adjoint, ImplicitAdjoint
 from difflayers._areas import available_solvers, resolve
 from difflayers._arrays import to_tensors, uses_numpy
 from difflayers._autodiff import in_functorch, without_autocast
+from difflayers._progress import showing
 from difflayers._solution import OnFailure, Solution, to_numpy
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
@@ -67,6 +68,7 @@ def solve_qp(
     adjoint: Adjoint | None = None,
     init: Any = None,
     on_failure: OnFailure = "raise",
+    progress: bool = False,
 ) -> QPSolution:
     """Minimize ``½xᵀPx + qᵀx`` subject to ``Gx ≤ h``, ``Ax = b``, ``lb ≤ x ≤ ub``; differentiable in all of them.
 
@@ -89,6 +91,7 @@ def solve_qp(
         adjoint: the derivative rule; None is :class:`~difflayers.ImplicitAdjoint`.
         init: an earlier solution of a similar problem, whose active set is the first guess, or a point ``x``.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``.
+        progress: whether to show a bar; see :func:`difflayers.progress`.
 
     Raises:
         ProblemError: shapes or dtypes don't fit, or ``P`` isn't symmetric or positive semidefinite.
@@ -113,7 +116,7 @@ def solve_qp(
     given = {name: block for name, block in blocks.items() if block is not None}
     batch = batch_shape(given)
     flat = {name: flattened(block, batch, 2 if name in MATRICES else 1) for name, block in given.items()}
-    solution = _solved(flat, batch.numel(), solver, adjoint, init, on_failure)
+    solution = showing(progress, lambda: _solved(flat, batch.numel(), solver, adjoint, init, on_failure))
     shaped = _reshaped(solution, batch)
     return shaped.numpy() if numpy else shaped
 

@@ -47,7 +47,7 @@ class Clarabel(HostQPSolver):
 
         module, layout = self.module(), samples.layout
         settings = self._settings(module)
-        matrices, limits = samples.one_sided()
+        matrices, limits = samples.one_sided
         for i in rows:
             kept = np.isfinite(limits[i])
             cones = [module.ZeroConeT(layout.p), module.NonnegativeConeT(int(kept.sum()) - layout.p)]

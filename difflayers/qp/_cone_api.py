@@ -13,6 +13,7 @@ from difflayers._adjoint import Adjoint, ImplicitAdjoint
 from difflayers._areas import resolve
 from difflayers._arrays import to_tensors, uses_numpy
 from difflayers._autodiff import in_functorch, without_autocast
+from difflayers._progress import showing
 from difflayers._solution import OnFailure, Solution, to_numpy
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
@@ -72,6 +73,7 @@ def solve_cone(
     adjoint: Adjoint | None = None,
     init: Any = None,
     on_failure: OnFailure = "raise",
+    progress: bool = False,
 ) -> ConeSolution:
     """Minimize ``½xᵀPx + qᵀx`` subject to ``Cx + s = d``, ``s ∈ K``; differentiable in all four.
 
@@ -89,6 +91,7 @@ def solve_cone(
         adjoint: the derivative rule; None is :class:`~difflayers.ImplicitAdjoint`.
         init: an earlier solution of a similar problem.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``.
+        progress: whether to show a bar; see :func:`difflayers.progress`.
 
     Raises:
         ProblemError: shapes or dtypes don't fit, or ``P`` isn't symmetric or positive semidefinite.
@@ -116,12 +119,13 @@ def solve_cone(
     chosen = resolve(solver, CONE_SOLVERS)
     if cones.linear == cones.rows and isinstance(chosen, QPSolver):
         quadratic: str | Solver = "auto" if isinstance(solver, str) else chosen
-        solution = _as_qp(blocks, cones, quadratic, adjoint, init, on_failure)
+        solution = showing(progress, lambda: _as_qp(blocks, cones, quadratic, adjoint, init, on_failure))
         return solution.numpy() if numpy else solution
     given = {_NAMES[name]: block for name, block in blocks.items() if block is not None}
     batch = batch_shape(given)
     flat = {_NAMES[name]: flattened(block, batch, EVENTS[name]) for name, block in blocks.items() if block is not None}
-    solution = _reshaped(_solved(flat, cones, batch.numel(), chosen, adjoint, init, on_failure), batch)
+    solution = showing(progress, lambda: _solved(flat, cones, batch.numel(), chosen, adjoint, init, on_failure))
+    solution = _reshaped(solution, batch)
     return solution.numpy() if numpy else solution
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from difflayers._solution import Status
 from difflayers.qp._cone_solver import ConeAnswers, ConeSolver
 from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data
-from difflayers.qp._host import Array
+from difflayers.qp._host import Array, in_pieces
 from difflayers.qp._sparse import Sparse
 
 # The accuracy that is asked for first.
@@ -109,13 +108,6 @@ class HostConeSolver(ConeSolver):
         on_host = data.map(lambda block: block.cpu())
         samples, results = ConeSamples(on_host, cones, count), ConeResults.empty(data.layout.n, cones.rows, count)
         threads = min(self.threads or torch.get_num_threads(), count) if self.releases_gil else 1
-        if threads == 1:
-            self.solve_samples(samples, range(count), results)
-        else:
-            # A few pieces for each thread: samples differ in how long they take.
-            size = -(-count // (4 * threads))
-            parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(lambda rows: self.solve_samples(samples, rows, results), parts))
+        in_pieces(lambda rows: self.solve_samples(samples, rows, results), count, threads)
         arrays = (results.x, results.y, results.s, results.status, results.steps)
         return ConeAnswers(*[torch.from_numpy(array).to(data.q.device) for array in arrays])

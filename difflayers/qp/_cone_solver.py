@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from difflayers._problem import Form, Problem
+from difflayers._progress import enter
 from difflayers._solution import Solution, Status, has_answer
 from difflayers._solver import Solver, empty_solution
 from difflayers.qp._cone_factor import ConeFactor, constraints
@@ -151,6 +152,7 @@ class ConeWork:
 
     def _polish(self, which: Tensor, w: Tensor) -> None:
         """Newton steps, each taken where it makes the residual smaller; factored again where that isn't small yet."""
+        enter("Newton's method")
         data, n, size = self._part(which), self.data.layout.n, self.magnitude[which]
         y = self.cones.project(w[:, n:])
         F = cone_optimality(w, data, self.cones, y)

@@ -15,6 +15,7 @@ from difflayers._adjoint import Adjoint, ImplicitAdjoint
 from difflayers._areas import resolve
 from difflayers._arrays import to_tensors
 from difflayers._autodiff import without_autocast
+from difflayers._progress import showing
 from difflayers._solution import OnFailure, Solution, to_numpy
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError, UnknownNameError
@@ -110,10 +111,14 @@ class CvxpyLayer(nn.Module):
         return call(self, values, solver_args, init)
 
     def solve(
-        self, *values: Any, solver_args: Mapping[str, Any] | None = None, init: CvxpySolution | None = None
+        self,
+        *values: Any,
+        solver_args: Mapping[str, Any] | None = None,
+        init: CvxpySolution | None = None,
+        progress: bool = False,
     ) -> CvxpySolution:
-        """The solution with status, statistics and the cone program's own, on the graph."""
-        return _solved(self, values, solver_args, init)
+        """The solution with status, statistics and the cone program's own, on the graph; with a bar if ``progress``."""
+        return showing(progress, lambda: _solved(self, values, solver_args, init))
 
     def extra_repr(self) -> str:
         parameters = ", ".join(f"{name} {shape}" for name, shape in zip(self.names, self.shapes, strict=True))

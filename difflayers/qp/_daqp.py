@@ -40,7 +40,7 @@ class DAQP(HostQPSolver):
 
     def solve_samples(self, samples: Samples, rows: range, results: Results) -> None:
         solve, layout = self.module().solve, samples.layout
-        matrices, lower, upper = samples.two_sided()
+        matrices, lower, upper = samples.two_sided
         bounds = len(lower[0]) - layout.p - layout.m
         sense = np.zeros(len(lower[0]), dtype=np.int32)
         sense[bounds : bounds + layout.p] = _EQUATION

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from difflayers._progress import counted, shown
 from difflayers._solution import Status
 from difflayers.errors import MissingBackendError
 from difflayers.qp._data import MATRICES, NAMES, Data, Layout
@@ -53,6 +56,7 @@ class Samples:
         """The blocks of one sample, in the order of ``NAMES``."""
         return tuple(None if block is None else block[i] for block in (getattr(self, name) for name in NAMES))
 
+    @cached_property
     def two_sided(self) -> tuple[Sequence[Array], Sequence[Array], Sequence[Array]]:
         """``[A; G]``, and what its rows are between, with bounds on ``x`` first where there are any."""
         data, layout = self._data, self.layout
@@ -69,6 +73,7 @@ class Samples:
         upper = _joined([high, b, h], dim=-1)
         return _listed(matrix, self.count, 2), _listed(lower, self.count, 1), _listed(upper, self.count, 1)
 
+    @cached_property
     def one_sided(self) -> tuple[Sequence[Array], Sequence[Array]]:
         """``[A; G; -I; I]`` and the right-hand sides of its rows, infinite where there is no bound."""
         data = self._data
@@ -141,16 +146,23 @@ class HostQPSolver(QPSolver):
         samples, results = Samples(data, count), Results.empty(data.layout, count)
         threads = min(self.threads or torch.get_num_threads(), count) if self.releases_gil else 1
         self.module()
-        if threads == 1:
-            self.solve_samples(samples, range(count), results)
-        else:
-            # A few pieces for each thread: samples differ in how long they take.
-            size = -(-count // (4 * threads))
-            pieces = [range(start, min(start + size, count)) for start in range(0, count, size)]
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(lambda rows: self.solve_samples(samples, rows, results), pieces))
+        in_pieces(lambda rows: self.solve_samples(samples, rows, results), count, threads)
         arrays = (results.x, results.y, results.z, results.status, results.steps)
         return Answers(*[torch.from_numpy(array).to(data.q.device) for array in arrays])
+
+
+def in_pieces(solve: Callable[[range], None], count: int, threads: int) -> None:
+    """Solve samples piece by piece, counted on the bar if one is shown."""
+    # A few pieces for each thread: samples differ in how long they take.
+    pieces = 1 if threads == 1 else 4 * threads
+    size = max(1, -(-count // (pieces if shown() is None else max(pieces, 100))))
+    ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    if threads == 1:
+        for rows in counted(ranges, count, size):
+            solve(rows)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            collections.deque(counted(pool.map(solve, ranges), count, size), maxlen=0)
 
 
 def backend(package: str, extra: str) -> ModuleType:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from difflayers._progress import shown
 from difflayers._solution import Status
 from difflayers.qp._data import Data
 from difflayers.qp._newton import TINY, Newton, Program, Workspace
@@ -70,10 +72,13 @@ class _Run:
         self.whole = self._outcome()
 
     def answers(self) -> Answers:
+        bar = shown()
         for count in range(self.solver.max_steps):
             self._judge()
             rough = self._rough()
             going, again = torch.stack((self.going.sum(), rough.sum())).tolist()
+            if bar is not None:
+                bar.show(functools.partial(self._report, count, going), steady=False)
             if going == 0:
                 break
             if again:
@@ -86,6 +91,10 @@ class _Run:
         best, status, steps = self.whole
         x, y, _, z = self._split(best)
         return Answers(x, y, torch.where(z > TINY, z, 0), status, steps)
+
+    def _report(self, count: int, going: int) -> tuple[float, str]:
+        limit, samples = self.solver.max_steps, len(self.whole[1])
+        return count / limit, f"step {count}/{limit}, {going:,}/{samples:,} samples left"
 
     @property
     def going(self) -> Tensor:

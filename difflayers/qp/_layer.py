@@ -77,11 +77,14 @@ class QPLayer(nn.Module):
         ub: Tensor | None = None,
         *,
         init: Any = None,
+        progress: bool = False,
     ) -> QPSolution:
-        """The solution with multipliers, status and statistics, on the graph."""
-        options = {"solver": self.solver, "adjoint": self.adjoint, "init": init, "on_failure": self.on_failure}
+        """The solution with multipliers, status and statistics, on the graph; with a bar if ``progress``."""
         call = _outside_dynamo if torch.compiler.is_compiling() else solve_qp
-        return call(P, q, G, h, A, b, lb, ub, **options)
+        return call(
+            P, q, G, h, A, b, lb, ub,
+            solver=self.solver, adjoint=self.adjoint, init=init, on_failure=self.on_failure, progress=progress,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"solver={self.solver!r}, adjoint={self.adjoint!r}"

@@ -42,7 +42,7 @@ class OSQP(HostQPSolver):
         from scipy.sparse import csc_matrix
 
         module, n = self.module(), samples.layout.n
-        matrices, lower, upper = samples.two_sided()
+        matrices, lower, upper = samples.two_sided
         bounds = len(lower[0]) - len(matrices[0])
         identity = np.eye(n)[:bounds]
         for i in rows:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from difflayers._problem import Form, Problem
+from difflayers._progress import enter
 from difflayers._solution import Solution, Status, has_answer
 from difflayers._solver import Solver, empty_solution
 from difflayers.qp._certificates import certified
@@ -124,6 +125,7 @@ class Work:
             return
         here = slice(None) if count == int(solved.sum()) else has_answer(found.status)
         x, z, part = found.x[here], found.z[here], self._part(solved)
+        enter("exact answers")
         active = z > self.limits[solved] - part.products(x)
         self.x[solved], self.y[solved], self.active[solved] = x, found.y[here], active
         self.z[solved] = torch.where(active, z, 0)
