@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from difflayers import UnrolledAdjoint
 from difflayers._adjoint import Adjoint
-from difflayers.errors import SolverError
+from difflayers.errors import ConvergenceWarning, SolverError
 from difflayers.ode import (
     BacksolveAdjoint,
     Bosh3,
+    CheckpointedAdjoint,
     Dopri5,
     Dopri8,
     Kvaerno5,
@@ -50,10 +52,12 @@ def bad(problem: Gradient, solve: Solve) -> Outcome:
     signal.signal(signal.SIGALRM, _ring)
     signal.alarm(PATIENCE)
     try:
-        gradient = problem.of(lambda y0, p: solve(problem, y0, p))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ConvergenceWarning)
+            gradient = problem.of(lambda y0, p: solve(problem, y0, p))
     except _Hung:
         return Outcome(None, f"more than {PATIENCE} s", silent=True)
-    except SolverError:
+    except (SolverError, ConvergenceWarning):
         return Outcome(None, "flagged")
     except (AssertionError, RuntimeError) as error:
         return Outcome(None, f"{type(error).__name__}")
@@ -72,10 +76,13 @@ def _ring(*_: Any) -> None:
     raise _Hung
 
 
-def ours(kind: Callable[..., Any], adjoint: Adjoint | None = None) -> Solve:
+def ours(kind: Callable[..., Any], adjoint: Adjoint | None = None, check: bool = False) -> Solve:
+    """``check`` asks for half of what is allowed: the solve that it compares with has an error, too."""
+
     def solve(problem: Gradient, y0: Tensor, p: Tensor) -> Tensor:
         solver = kind(rtol=problem.rtol, atol=problem.atol)
-        ys: Tensor = odeint(problem.field, y0, problem.t, (p,), solver=solver, adjoint=adjoint).ys
+        rule = CheckpointedAdjoint(check=5 * problem.rtol) if check else adjoint
+        ys: Tensor = odeint(problem.field, y0, problem.t, (p,), solver=solver, adjoint=rule).ys
         return ys
 
     return solve
@@ -94,9 +101,13 @@ def _torchdiffeq(name: str, problem: Gradient, y0: Tensor, p: Tensor) -> Tensor:
     return ys
 
 
+_KINDS: dict[str, Callable[..., Any]] = {
+    **{kind.__name__: kind for kind in (Bosh3, Dopri5, Tsit5, Dopri8, Rodas, Kvaerno5)},
+    "Dopri5, per sample": partial(Dopri5, per_sample=True),
+}
+CHECKED: dict[str, Solve] = {name: ours(kind, check=True) for name, kind in _KINDS.items()}
 METHODS: dict[str, Solve] = {
-    **{kind.__name__: ours(kind) for kind in (Bosh3, Dopri5, Tsit5, Dopri8, Rodas, Kvaerno5)},
-    "Dopri5, per sample": ours(partial(Dopri5, per_sample=True)),
+    **{name: ours(kind) for name, kind in _KINDS.items()},
     "Dopri5, UnrolledAdjoint": ours(Dopri5, UnrolledAdjoint()),
     "Dopri5, BacksolveAdjoint": ours(Dopri5, BacksolveAdjoint()),
     "TorchDiffEq": ours(TorchDiffEq),

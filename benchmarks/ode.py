@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,8 @@ os.environ.setdefault("NPROC", "1")
 
 import torch
 from _measure import INF, stopwatch
-from _ode_bad import METHODS, THEIRS, bad, cell
-from _ode_gradients import GRADIENTS
+from _ode_bad import CHECKED, METHODS, THEIRS, Outcome, Solve, bad, cell
+from _ode_gradients import GRADIENTS, Gradient
 from _ode_measure import Comparison, Floor, Result, compare, floor, least
 from _ode_peers import ADJOINT, TAPE, Method, Ours, installed, missing
 from _ode_problems import CASES, Case, lotka_volterra
@@ -237,19 +237,27 @@ def _step_floor(case: Stiff, samples: int, repetitions: int) -> float:
 
 def gradients(report: Report) -> None:
     """Twenty gradients: within ten tolerances of the truth, or flagged."""
-    outcomes = {}
     problems = GRADIENTS[:6] if report.quick else GRADIENTS
-    for problem in tqdm(problems, desc="gradients"):
-        outcomes[problem.name] = [bad(problem, method) for method in (METHODS | THEIRS).values()]
-    report.table(
-        "Relative error of the gradient; ! where that is more than ten times rtol and nobody says so",
-        "|".join(["problem", *METHODS, *THEIRS]),
-        [(name, *map(cell, row)) for name, row in outcomes.items()],
-    )
-    for k, method in enumerate(METHODS):
-        silent = sum(row[k].silent for row in outcomes.values())
-        report.goal(Goal(f"{len(outcomes)} gradients by {method}: wrong and not flagged", "", f"{silent}", "", "", "0",
-                         f"{silent}", silent == 0))  # fmt: skip
+    silent = "! where that is more than ten times rtol and nobody says so"
+    plain = _gradients(report, f"Relative error of the gradient; {silent}", problems, METHODS | THEIRS)
+    title = f"The same with CheckpointedAdjoint(check=5 × rtol); {silent}"
+    checked = _gradients(report, title, problems, CHECKED)
+    outcomes = {name: plain[name] for name in METHODS} | {
+        f"{name}, with check": found for name, found in checked.items()
+    }
+    for method, found in outcomes.items():
+        wrong = sum(outcome.silent for outcome in found)
+        report.goal(Goal(f"{len(problems)} gradients by {method}: wrong and not flagged", "", f"{wrong}", "", "", "0",
+                         f"{wrong}", wrong == 0))  # fmt: skip
+
+
+def _gradients(
+    report: Report, title: str, problems: Sequence[Gradient], methods: Mapping[str, Solve]
+) -> dict[str, list[Outcome]]:
+    rows = [[bad(problem, method) for method in methods.values()] for problem in tqdm(problems, desc="gradients")]
+    table = [(problem.name, *map(cell, row)) for problem, row in zip(problems, rows, strict=True)]
+    report.table(title, "|".join(["problem", *methods]), table)
+    return {method: list(found) for method, found in zip(methods, zip(*rows, strict=True), strict=True)}
 
 
 PARTS: dict[str, Callable[[Report], None]] = {

@@ -27,6 +27,7 @@ class Call:
     stage_parallel: bool | None = None
     check: float | None = None
     slope: Tensor | None = None  # at the start, where it was evaluated already
+    stiff: list[int] = field(default_factory=list)  # steps at the border of stability, of the sample with most of them
     failures: list[bool] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     meshes: list[Mesh | RowMesh] = field(default_factory=list)  # shared with the calls that transforms make of this one
@@ -52,5 +53,6 @@ class Call:
         solution = watch("forward", self.solver, lambda: self.solver.march(self.problem, params, mesh, slope))
         self.meshes.append(mesh)
         self.failures.append(not bool((solution.status == Status.SUCCESS).all()))
+        self.stiff.append(int(solution.stats["stiff"].max()) if solution.stats["stiff"].numel() else 0)
         self.names[:] = solution.stats
         return check_status(solution, self.on_failure)

@@ -33,6 +33,7 @@ from difflayers.ode._gradient import first_order, keeps_stages
 from difflayers.ode._gradient_check import check_gradient
 from difflayers.ode._mesh import RowMesh
 from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._stability import warn_of_stiffness
 from difflayers.ode._tangents import Tangents
 
 
@@ -44,7 +45,8 @@ class CheckpointedAdjoint(Adjoint):
     with its vector-Jacobian products (Zhuang et al. 2020, ICML, "Adaptive checkpoint adjoint"). Step sizes count as
     constants: how the controller would have chosen others isn't differentiated. Derivatives of first order in reverse
     mode take the memory of one step besides the states, forward mode likewise; derivatives of higher order, and those
-    under ``torch.func``, build the tape of all accepted steps.
+    under ``torch.func``, build the tape of all accepted steps. Where an explicit method met stiffness, ``backward`` has
+    a :class:`~difflayers.errors.ConvergenceWarning` unless ``check`` tells how far off that is.
 
     Args:
         states: how many states may be kept; None for one per step. With fewer, segments between them are run once more
@@ -195,6 +197,8 @@ def _cotangents(
     cotangent = torch.where(_there(value, outputs), cotangent, 0)
     found: Sequence[Tensor | None] = ()
     if wanted:
+        if call.check is None:
+            warn_of_stiffness(call.stiff[-1], call.on_failure)
         with without_autocast(value.device), _tolerating_failure(call):
             if torch.is_grad_enabled() or in_functorch():
                 chosen = [params[i] for i in wanted]

@@ -15,6 +15,7 @@ from difflayers.ode._control import Controller, first_step
 from difflayers.ode._mesh import Mesh, Step
 from difflayers.ode._methods import stages_of, traced_stages_of
 from difflayers.ode._problem import Evaluate
+from difflayers.ode._stability import EVERY, at_border, tells
 
 if TYPE_CHECKING:
     from difflayers.ode._explicit import OneStepSolver
@@ -35,6 +36,7 @@ class JointRun:
         mesh.times = times
         traced = torch.is_grad_enabled()
         self.stages = (traced_stages_of if traced else stages_of)(solver.tableau, evaluate, y, len(times) > 2)
+        self.tells = solver.adaptive and tells(self.stages)
         self.t, self.end = times[0], times[-1]
         self.span = self.end - self.t
         self.values = [y]
@@ -46,6 +48,7 @@ class JointRun:
         self.alive: Tensor | None = None
         self.status = torch.zeros(samples, dtype=torch.int8, device=y.device)
         self.counts = torch.zeros(4, samples, dtype=torch.int64, device=y.device)
+        self.stiff = torch.zeros(samples, dtype=torch.int64, device=y.device)
         self.reached = torch.zeros(samples, dtype=torch.int64, device=y.device)
         self.time = torch.full((samples,), self.t, dtype=torch.float64, device=y.device)
         self.bar = shown()
@@ -133,6 +136,8 @@ class JointRun:
             outputs.append((len(self.values), s))
             # A dead sample's output is never read.
             self.values.append(y if s == 1 else self.stages.inside(self.t, self.y, h, s))
+        if self.tells and self.accepted % EVERY == 0:
+            self.stiff = self.stiff + EVERY * (at_border(self.stages, self.y, y, h, self.rows) & self._still())
         ended = self._look(h, y)
         self._record(h, tuple(outputs))
         self._leave(ended)
@@ -214,4 +219,5 @@ class JointRun:
             value = torch.where(there[:, :, None], value, torch.nan)
         names = ("steps", "accepted", "rejected", "evaluations")
         stats = dict(zip(names, self.counts, strict=True))
-        return Solution(value, self.status, stats | {"time": self.time, "outputs": self.reached})
+        stats |= {"stiff": self.stiff, "time": self.time, "outputs": self.reached}
+        return Solution(value, self.status, stats)

@@ -14,6 +14,7 @@ from difflayers.ode._control import RowController, first_steps
 from difflayers.ode._mesh import RowMesh, RowStep
 from difflayers.ode._methods import stages_of
 from difflayers.ode._problem import Evaluate
+from difflayers.ode._stability import EVERY, at_border, tells
 
 if TYPE_CHECKING:
     from difflayers.ode._explicit import OneStepSolver
@@ -39,6 +40,7 @@ class RowRun:
         self.times, self.rows = times, torch.arange(self.samples, device=y.device)
         mesh.times = times
         self.stages = stages_of(solver.tableau, evaluate, y, self.count > 2)
+        self.tells = tells(self.stages)
         self.t, self.end = times[:, :1], times[:, -1:]
         self.span = self.end - self.t
         self.values = y.unsqueeze(1).repeat(1, self.count, 1)
@@ -46,7 +48,7 @@ class RowRun:
         self.going = self.next < self.count
         self.made = self.next.clone()  # of the whole batch, as everything from here on
         self.status = torch.full((self.samples,), int(Status.SUCCESS), dtype=torch.int8, device=y.device)
-        self.counts = torch.zeros(4, self.samples, dtype=torch.int64, device=y.device)
+        self.counts = torch.zeros(5, self.samples, dtype=torch.int64, device=y.device)
         self.time = self.t.squeeze(1).clone()
         self.trials, self.divided = 0, False
         self.kept: Tensor | None = None
@@ -112,6 +114,8 @@ class RowRun:
             tried = self.going
             good = tried & (error <= 1)
             step = torch.where(good[:, None], h, 0)
+            if self.tells and self.trials % EVERY == 0:
+                self.counts[4, self.rows] += EVERY * (at_border(self.stages, self.y, y, step, self.y.shape) & good)
             self._take(good, step, y, torch.where(final, self.end, self.t + h))
             self._count(tried, good)
             h = control.adapted(h, error, good)
@@ -212,7 +216,7 @@ class RowRun:
         if bool((self.made < self.count).any()):
             there = torch.arange(self.count, device=value.device) < self.made[:, None]
             value = torch.where(there[:, :, None], value, torch.nan)
-        names = ("steps", "accepted", "rejected", "evaluations")
+        names = ("steps", "accepted", "rejected", "evaluations", "stiff")
         stats = dict(zip(names, self.counts, strict=True))
         return Solution(value, self.status, stats | {"time": self.time, "outputs": self.made})
 

@@ -70,6 +70,11 @@ class Stages:
             return []
         return [torch.mv(self._known, row) for row in self._errors]
 
+    def near_end(self, y: Tensor, h: Time) -> tuple[Tensor, Tensor, Tensor]:
+        """The point of the last stage before the end, the slope there, and the slope at the end."""
+        last = self.tableau.stages
+        return self._point(y, last - 1, h), self._slots[last - 1], self._slots[last]
+
     def inside(self, t: Time, y: Tensor, h: Time, s: float) -> Tensor:
         """The state at ``t + sh`` of the last step."""
         self._fill(t, y, h, self._made, self.tableau.total)
@@ -183,6 +188,12 @@ class TracedStages:
             return []
         known = torch.stack([slope.detach() for slope in self._slopes]).flatten(1)
         return [torch.mv(known.t(), row) for row in errors]
+
+    def near_end(self, y: Tensor, h: Time) -> tuple[Tensor, Tensor, Tensor]:
+        """The point of the last stage before the end, the slope there, and the slope at the end; off the graph."""
+        last = self.tableau.stages
+        slopes = [slope.detach() for slope in self._slopes[: last + 1]]
+        return mixed(y.detach(), slopes, self.tableau.rows[last - 2], h), slopes[last - 1], slopes[last]
 
     def inside(self, t: Time, y: Tensor, h: Time, s: float) -> Tensor:
         """The state at ``t + sh`` of the last step."""

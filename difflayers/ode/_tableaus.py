@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,16 @@ class Tableau:
         """``bⱼ(s)``."""
         weights: Array = self.interpolant @ s ** np.arange(1, self.interpolant.shape[1] + 1)
         return weights
+
+    @cached_property
+    def damped(self) -> float:
+        """The largest ``z`` up to which a step ``h`` damps ``y' = -(z/h) y``, the method's border of stability."""
+        A = np.zeros((self.stages, self.stages))
+        for i, row in enumerate(self.rows[: self.stages - 1], 1):
+            A[i, : len(row)] = row
+        moments = [1.0, *(np.asarray(self.b) @ np.linalg.matrix_power(A, k).sum(1) for k in range(self.stages))]
+        z = np.linspace(0, 20, 20_001)
+        return float(z[np.argmax(np.abs(polynomial.polyval(-z, moments)) > 1 + 1e-9)])
 
 
 @dataclass(frozen=True, eq=False)
