@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from difflayers._adjoint import Adjoint, ImplicitAdjoint, UnrolledAdjoint
     from difflayers._areas import available_solvers
     from difflayers._implicit import ImplicitFunction
-    from difflayers._monitor import Record, Trace, monitor
+    from difflayers._monitor import Record, Trace, log_to, monitor
     from difflayers._problem import Problem, Residual, RootProblem
     from difflayers._progress import progress
     from difflayers._solution import Solution, Status
@@ -27,7 +27,7 @@ _HOMES = {
     "_adjoint": ("Adjoint", "ImplicitAdjoint", "UnrolledAdjoint"),
     "_areas": ("available_solvers",),
     "_implicit": ("ImplicitFunction",),
-    "_monitor": ("Record", "Trace", "monitor"),
+    "_monitor": ("Record", "Trace", "log_to", "monitor"),
     "_problem": ("Problem", "Residual", "RootProblem"),
     "_progress": ("progress",),
     "_solution": ("Solution", "Status"),
@@ -58,6 +58,7 @@ __all__ = [
     "errors",
     "fixedpoint",
     "linear",
+    "log_to",
     "monitor",
     "ode",
     "plot",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -83,10 +83,7 @@ class Record:
         return row | {f"status/{name}": count for name, count in self.status.items()}
 
     def scalars(self) -> dict[str, float]:
-        """The numbers of :meth:`as_dict` that are known, under ``"forward/steps"`` and so on: TensorBoard's scalars.
-
-        ``for name, value in record.scalars().items(): writer.add_scalar(name, value, step)``
-        """
+        """The numbers of :meth:`as_dict` that are known, under ``"forward/steps"`` and so on; see :func:`log_to`."""
         row = self.as_dict()
         return {f"{self.role}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
 
@@ -154,6 +151,66 @@ def monitor(*, trace: bool = False) -> Iterator[list[Record]]:
     finally:
         # Nested monitors may end in any order.
         _listeners.remove(listener)
+
+
+class Writer(Protocol):
+    """What takes scalars, such as ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int, /) -> Any:
+        """Take one number."""
+
+
+def log_to(writer: Writer, records: Iterable[Record], step: int) -> None:
+    """Write the solves of one training step as scalars: ``"forward/mean_steps"``, ``"adjoint/failed"`` and so on.
+
+    Solves with the same role make one record: samples, evaluations, statuses and seconds add up, steps and residual are
+    the largest. The names are those of :meth:`Record.scalars`.
+
+    Args:
+        writer: anything with ``add_scalar(name, value, step)``: TensorBoard's ``SummaryWriter``, or one of your own.
+        records: what :func:`monitor` collected in this step.
+        step: its number.
+
+    >>> from difflayers import Record, log_to
+    >>> class Printer:
+    ...     def add_scalar(self, name, value, step):
+    ...         print(step, name, value)
+    >>> log_to(Printer(), [Record("forward", "Picard()", 2, 7, 8, 1e-9, {"SUCCESS": 2}, seconds=0.5)], step=3)
+    3 forward/samples 2
+    3 forward/steps 7
+    3 forward/evaluations 8
+    3 forward/residual 1e-09
+    3 forward/failed 0
+    3 forward/seconds 0.5
+    3 forward/status/SUCCESS 2
+    """
+    roles: dict[Role, list[Record]] = {}
+    for record in records:
+        roles.setdefault(record.role, []).append(record)
+    for alike in roles.values():
+        for name, value in _together(alike).scalars().items():
+            writer.add_scalar(name, value, step)
+
+
+def _together(records: Sequence[Record]) -> Record:
+    """One record for solves with the same role."""
+
+    def known(name: str) -> list[Any]:
+        return [value for record in records if (value := getattr(record, name)) is not None]
+
+    counted = [record for record in records if record.mean_steps is not None]
+    total = sum(record.samples for record in counted)
+    return Record(
+        role=records[0].role,
+        solver=", ".join(dict.fromkeys(record.solver for record in records)),
+        samples=sum(record.samples for record in records),
+        steps=max(known("steps"), default=None),
+        evaluations=sum(known("evaluations")) if known("evaluations") else None,
+        residual=max(known("residual"), default=None),
+        status=dict(sum((Counter(record.status) for record in records), Counter())),
+        seconds=sum(record.seconds for record in records),
+        mean_steps=sum(record.samples * (record.mean_steps or 0) for record in counted) / total if total else None,
+    )
 
 
 def tracer(solver: object) -> Tracer | None:

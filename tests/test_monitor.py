@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from difflayers import CallableSolver, ImplicitFunction, IterativeSolver, Record, RootProblem, Status, monitor
+from difflayers import CallableSolver, ImplicitFunction, IterativeSolver, Record, RootProblem, Status, log_to, monitor
 from difflayers.fixedpoint import DEQ, Anderson, LevenbergMarquardt, Newton, Picard, fixed_point, least_squares
 
 NAN = float("nan")
@@ -208,3 +208,49 @@ def test_what_a_solver_does_not_count_is_no_scalar():
     assert record.scalars() == {
         "adjoint/samples": 2, "adjoint/failed": 0, "adjoint/seconds": 0.5, "adjoint/status/SUCCESS": 2
     }  # fmt: skip
+
+
+class Writer:
+    """What a SummaryWriter is to its callers."""
+
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, tag, scalar_value, global_step):
+        assert (tag, global_step) not in self.scalars
+        self.scalars[tag, global_step] = scalar_value
+
+
+def test_log_to_writes_one_number_per_name_and_step():
+    writer = Writer()
+    first = Record("forward", "Newton()", 3, 5, 6, 1e-9, {"SUCCESS": 2, "STALLED": 1}, 0.5, mean_steps=4.0)
+    second = Record("forward", "Newton()", 1, 9, 10, 1e-3, {"SUCCESS": 1}, 0.25, mean_steps=8.0)
+    silent = Record("adjoint", "Mine()", 1, None, None, None, {"SUCCESS": 1}, 0.125)
+    log_to(writer, [first, silent, second], 7)
+    log_to(writer, [], 8)
+    assert writer.scalars == {
+        ("forward/samples", 7): 4,
+        ("forward/steps", 7): 9,
+        ("forward/mean_steps", 7): 5.0,
+        ("forward/evaluations", 7): 16,
+        ("forward/residual", 7): 1e-3,
+        ("forward/failed", 7): 1,
+        ("forward/seconds", 7): 0.75,
+        ("forward/status/SUCCESS", 7): 3,
+        ("forward/status/STALLED", 7): 1,
+        ("adjoint/samples", 7): 1,
+        ("adjoint/failed", 7): 0,
+        ("adjoint/seconds", 7): 0.125,
+        ("adjoint/status/SUCCESS", 7): 1,
+    }
+
+
+def test_log_to_takes_what_a_training_step_left():
+    writer, a = Writer(), torch.rand(3, 1, requires_grad=True)
+    for step in range(2):
+        with monitor() as log:
+            fixed_point(lambda z, a: torch.cos(z) * a, torch.zeros(3, 1), (a,), batch_dims=1).value.sum().backward()
+        log_to(writer, log, step)
+    assert {step for _, step in writer.scalars} == {0, 1}
+    assert writer.scalars["forward/samples", 1] == writer.scalars["adjoint/samples", 1] == 3
+    assert writer.scalars["forward/residual", 0] < 1e-9

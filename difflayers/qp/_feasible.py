@@ -30,6 +30,7 @@ def closest_feasible(
     *,
     solver: str | Solver = "auto",
     on_failure: OnFailure = "raise",
+    progress: bool = False,
 ) -> Sides:
     """The right-hand sides nearest to ``h`` and ``b`` for which constraints can be satisfied, differentiable.
 
@@ -37,7 +38,7 @@ def closest_feasible(
     ``b + f``. A problem that is feasible stays as it is. :func:`solve_qp` with these sides has an answer wherever the
     bounds leave one, which is how Bambade, Schramm, Taylor, Carpentier (2024, ICLR, "Leveraging augmented-Lagrangian
     techniques for differentiating over infeasible quadratic programs in machine learning") train through problems that
-    aren't feasible yet. Shapes, batches and ``on_failure`` as in :func:`solve_qp`.
+    aren't feasible yet. Shapes, batches, ``on_failure`` and ``progress`` as in :func:`solve_qp`.
 
     Raises:
         ProblemError: there is neither ``G`` nor ``A``, or sizes don't fit.
@@ -66,13 +67,11 @@ def closest_feasible(
     inequalities = blocks[0] if G is not None else (None, None)
     equations = blocks[-1] if A is not None else (None, None)
     bounds = [_padded(bound, before, free) for bound, free in ((lb, -torch.inf), (ub, torch.inf))]
-    moves = (
-        solve_qp(
-            weight, like.new_zeros(n + before), *inequalities, *equations, *bounds, solver=solver, on_failure=on_failure
-        )
-        .x[..., n:]
-        .split(counts, dim=-1)
-    )
+    found = solve_qp(
+        weight, like.new_zeros(n + before), *inequalities, *equations, *bounds,
+        solver=solver, on_failure=on_failure, progress=progress,
+    )  # fmt: skip
+    moves = found.x[..., n:].split(counts, dim=-1)
     moved = [side + move for (_, side), move in zip(rows, moves, strict=True)]
     return Sides(moved[0] if G is not None else None, moved[-1] if A is not None else None)
 
