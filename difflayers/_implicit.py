@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
-from difflayers import _adjoint
+from difflayers import _node
 from difflayers._adjoint import Adjoint, ImplicitAdjoint
 from difflayers._arguments import Arguments, with_parameters
 from difflayers._arrays import Packing, check_devices, to_tensors, uses_numpy
@@ -84,7 +84,7 @@ class ImplicitFunction:
         tensors = [t.detach() for t in posed.tensors]
         floating = [i for i, t in enumerate(tensors) if t.is_floating_point()]
         with torch.no_grad():
-            gradients = _adjoint.cotangents(
+            gradients = _node.cotangents(
                 self._rules(posed), posed.init, solution.status, tensors, posed.packing.pack(cotangent), floating
             )
         return posed.arguments(
@@ -97,13 +97,13 @@ class ImplicitFunction:
         tensors = [t.detach() for t in posed.tensors]
         aligned = posed.align(tangents)
         with torch.no_grad():
-            moved = _adjoint.pushed(self._rules(posed), posed.init, solution.status, tensors, aligned)
+            moved = _node.pushed(self._rules(posed), posed.init, solution.status, tensors, aligned)
         return posed.packing.unpack(moved)
 
     def _rules(self, posed: _Posed) -> Any:
         if not isinstance(self.adjoint, ImplicitAdjoint):
             raise TypeError(f"vjp and jvp need ImplicitAdjoint, not {self.adjoint!r}")
-        return _adjoint._Call(posed.problem, self.solver, self.adjoint.linear_solver, self.on_failure)
+        return _node.Call(posed.problem, self.solver, self.adjoint.linear_solver, self.on_failure)
 
     def _with(self, params: Sequence[Any], init: Any, solve: Callable[[_Posed], Solution]) -> Solution:
         start = init.value if isinstance(init, Solution) else init
