@@ -60,7 +60,12 @@ html_static_path = ["_static"]
 html_css_files = ["difflayers.css"]
 html_show_sourcelink = False
 html_copy_source = False
-html_sidebars = {"index": [], "gradients": [], "extending": [], "design": [], "benchmarks": [], "changelog": []}
+# Pages that aren't part of a section have nothing to show beside them.
+_ALONE = (
+    "index", "benchmarks", "changelog", "choosing", "design", "extending", "gradients", "mathematics", "monitoring",
+    "troubleshooting",
+)  # fmt: skip
+html_sidebars = {page: [] for page in _ALONE}
 html_theme_options: dict[str, Any] = {
     "logo": {"text": "difflayers"},
     "header_links_before_dropdown": 6,
