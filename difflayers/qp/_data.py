@@ -124,6 +124,12 @@ class Data:
         parts += [] if self.ub is None else [x]
         return torch.cat(parts, dim=-1) if parts else x[..., :0]
 
+    def within_bounds(self, x: Tensor, active: Tensor) -> Tensor:
+        """``x``, moved to bounds that are active or that it is beyond."""
+        _, low, high = active.split((self.layout.m, self.layout.low, self.layout.high), dim=-1)
+        x = x if self.lb is None else torch.where(low | (x < self.lb), self.lb, x)
+        return x if self.ub is None else torch.where(high | (x > self.ub), self.ub, x)
+
     def pulled(self, z: Tensor) -> Tensor:
         """``[G; -I; I]ᵀ z``."""
         layout = self.layout

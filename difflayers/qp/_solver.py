@@ -249,7 +249,8 @@ class Work:
         tiny = torch.finfo(init.dtype).tiny
         idle = -torch.where(self.slack.isinf(), 1, self.slack).clamp_min(0)
         v = torch.where(self.active, self.z.clamp_min(tiny), idle)
-        return torch.cat([self.x, self.y, v], dim=-1).to(init.dtype).reshape(init.shape)
+        x = self.data.within_bounds(self.x, self.active & self.exact[:, None])
+        return torch.cat([x, self.y, v], dim=-1).to(init.dtype).reshape(init.shape)
 
 
 def _equations_only(data: Data, samples: int) -> Answers:
