@@ -31,7 +31,7 @@ from difflayers.ode import (
 )
 
 Solve = Callable[[Gradient, Tensor, Tensor], Tensor]
-PATIENCE = 30  # seconds
+PATIENCE = 10  # seconds of processor time
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class _Hung(Exception):
 
 def bad(problem: Gradient, solve: Solve) -> Outcome:
     """The error of the gradient, or how the lack of one was told."""
-    signal.signal(signal.SIGALRM, _ring)
-    signal.alarm(PATIENCE)
+    signal.signal(signal.SIGPROF, _ring)
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", ConvergenceWarning)
@@ -62,7 +62,7 @@ def bad(problem: Gradient, solve: Solve) -> Outcome:
     except (AssertionError, RuntimeError) as error:
         return Outcome(None, f"{type(error).__name__}")
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     error = problem.error(gradient) if problem.exists else torch.inf
     return Outcome(error, silent=not error <= 10 * problem.rtol)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -117,8 +118,10 @@ def swinging(t: list[float], gravity: float) -> Tensor:
     return torch.stack((x, z, speed * z, -speed * x, speed**2 - gravity * z), -1)
 
 
-def reference(problem: StiffProblem) -> Tensor:
-    """The answer at the times of a problem."""
+@functools.cache
+def reference(name: str) -> Tensor:
+    """The answer at the times of the problem of that name."""
+    (problem,) = (p for p in PROBLEMS if p.name == name)
     if problem.name == "pendulum":
         return swinging(problem.t, float(problem.args[0]))
     fn = robertson if problem.name == "robertson_dae" else problem.fn

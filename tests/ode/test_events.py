@@ -123,7 +123,7 @@ def test_finite_differences(batch_dims, per_sample):
 
     def happened(y0, length, start):
         t = torch.stack([start, torch.tensor(6.0)])
-        solver = Dopri8(rtol=1e-11, atol=1e-11, per_sample=per_sample)
+        solver = Dopri8(rtol=1e-9, atol=1e-9, per_sample=per_sample)
         solution = odeint(swing, y0, t, (length,), batch_dims=batch_dims, solver=solver, event=line)
         assert bool((solution.stats["event"] == 0).all())
         return solution.event_t, solution.event_y

@@ -48,7 +48,7 @@ def test_classics(problem: StiffProblem, method, per_sample):
     solver = method(rtol=1e-7, atol=1e-10, per_sample=per_sample)
     solution = odeint(problem.fn, problem.y0[None], problem.t, problem.args, batch_dims=1, solver=solver,
                       mass=problem.mass)  # fmt: skip
-    expected = reference(problem)
+    expected = reference(problem.name)
     assert ((solution.ys[:, 0] - expected).abs() / (expected.abs() + 1e-3)).max() < 1e-5
     assert solution.stats["steps"] < 300
 

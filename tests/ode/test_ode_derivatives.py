@@ -102,7 +102,7 @@ def test_transforms():
 
 def test_second_order_transforms():
     inputs, every = params(), (0, 2, 3)
-    expected = hessian(cubed(lambda *p: traced(*p, steps=40)), every)(*inputs)
+    expected = hessian(cubed(lambda *p: traced(*p, steps=20)), every)(*inputs)
     ours = cubed(layer())
     assert_close(hessian(ours, every)(*inputs), expected, 1e-5)
     assert_close(jacrev(jacrev(ours, every), every)(*inputs), expected, 1e-5)
@@ -118,7 +118,7 @@ def test_mixed_transforms():
         for derivative in inner:
             ours, theirs = (
                 outer(lambda *args, fn=fn: derivative(cubed(fn))(*args), (1, 3))(y0, A, b, t)  # noqa: B023
-                for fn in (layer(), lambda *p: traced(*p, steps=40))
+                for fn in (layer(), lambda *p: traced(*p, steps=20))
             )
             assert_close(ours, theirs, 1e-5)
 
@@ -152,7 +152,7 @@ def test_eager_forward_and_reverse():
             moved = forward_ad.unpack_dual(fn(y0, forward_ad.make_dual(leaf, A**2), b).pow(3).sum()).tangent
             return torch.autograd.grad(moved, leaf)
 
-    flow = lambda *p: traced(*p, steps=40)  # noqa: E731
+    flow = lambda *p: traced(*p, steps=20)  # noqa: E731
     assert_close(forward_over_reverse(layer()), forward_over_reverse(flow), 1e-5)
     assert_close(reverse_over_forward(layer()), reverse_over_forward(flow), 1e-5)
 
@@ -165,7 +165,7 @@ def test_third_order():
         (second,) = torch.autograd.grad(first.pow(2).sum(), inputs[2], create_graph=True)
         return torch.autograd.grad(second.pow(2).sum(), inputs)
 
-    assert_close(third(layer()), third(lambda *p: traced(*p, steps=40)), 1e-5)
+    assert_close(third(layer()), third(lambda *p: traced(*p, steps=20)), 1e-5)
 
 
 class Module(nn.Module):

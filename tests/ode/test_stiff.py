@@ -1,11 +1,12 @@
 """Methods for stiff problems: order, stiff classics, derivatives, samples that fail."""
 
+import functools
 import math
 
 import pytest
 import torch
 from contracts import assert_close, wanting
-from ode_problems import PROBLEMS, RATES, StiffProblem, radau, reference, robertson, van_der_pol
+from ode_problems import PROBLEMS, RATES, StiffProblem, radau, reference, robertson, van_der_pol, vector
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from difflayers import UnrolledAdjoint
@@ -96,7 +97,7 @@ def test_stiff_decay_toward_a_curve(method, lambda_):
 @every_method
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.mass is None], ids=str)
 def test_classics(problem: StiffProblem, method):
-    expected = reference(problem)
+    expected = reference(problem.name)
     if problem.end is not None:
         assert_close(expected[-1] / problem.end, torch.ones_like(problem.end), 1e-9)
     steps = {"robertson": 200, "van_der_pol": 1500, "hires": 500, "orego": 2000}[problem.name]
@@ -110,6 +111,44 @@ def test_classics(problem: StiffProblem, method):
         assert solution.stats["steps"].max() < steps
 
 
+SHORT = {"van_der_pol": 500.0, "hires": 2.0, "orego": 10.0}
+
+
+def end(problem, y0, args, solve):
+    """The state at a time where differences can still tell, each of its numbers in units of its size."""
+    ys = solve(problem.fn, y0, [0.0, SHORT[problem.name]], args)
+    return (ys[-1] / expected_end(problem.name)).sum()
+
+
+@functools.cache
+def expected_end(name):
+    (problem,) = (p for p in PROBLEMS if p.name == name)
+    return radau(problem.fn, problem.y0, [0.0, SHORT[name]], *problem.args)[-1]
+
+
+@functools.cache
+def differences(name):
+    """The derivatives in relative changes of the start and of the rates, by differences of SciPy's answer."""
+    (problem,) = (p for p in PROBLEMS if p.name == name)
+    solve = lambda fn, y0, t, args: radau(fn, y0, t, *args, rtol=1e-11, atol=1e-14)  # noqa: E731
+    found = []
+    for start, rates in ((1e-4, 0.0), (0.0, 1e-4))[: 1 + bool(problem.args)]:
+        up, down = (end(problem, problem.y0 * (1 + sign * start), [p * (1 + sign * rates) for p in problem.args], solve)
+                    for sign in (1, -1))  # fmt: skip
+        found.append((up - down) / 2e-4)
+    return torch.stack(found)
+
+
+@every_method
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.name in SHORT], ids=str)
+def test_gradients_of_classics(problem, method):
+    inputs = wanting((problem.y0, *problem.args))
+    solver = method(rtol=1e-7, atol=1e-10)
+    value = end(problem, inputs[0], inputs[1:], lambda *p: odeint(*p, solver=solver).ys)
+    start, *rates = (g * x.detach() for g, x in zip(torch.autograd.grad(value, inputs), inputs, strict=True))
+    assert_close(torch.stack([g.sum() for g in (start, *rates)]), differences(problem.name), 1e-4)
+
+
 def field(t, y, A, b, rate):
     return rate * torch.tanh(y @ A.mT) + b * torch.cos(3 * t) * torch.sin(y)
 
@@ -117,7 +156,7 @@ def field(t, y, A, b, rate):
 def params():
     """``y0, A, b, rate, t``: two shared arguments, and one that goes with the samples."""
     rate = torch.tensor([[0.5], [1.0], [4.0]])
-    return torch.randn(3, 2), torch.randn(2, 2), torch.randn(2), rate, torch.tensor([0.0, 0.3, 0.3, 1.0])
+    return torch.randn(3, 2), torch.randn(2, 2), torch.randn(2), rate, torch.tensor([0.0, 0.2, 0.2, 0.5])
 
 
 def layer(solver, adjoint=None):
@@ -161,10 +200,10 @@ def solvers(per_sample):
 
 @pytest.mark.parametrize("solver", [*solvers(False), *solvers(True)], ids=repr)
 def test_finite_differences(solver):
-    inputs = wanting((*params()[:4], torch.tensor([0.0, 0.05, 0.1])))
+    inputs = wanting((*params()[:4], torch.tensor([0.0, 0.02, 0.04])))
     solve = layer(solver)
     assert torch.autograd.gradcheck(solve, inputs, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
-    few = wanting((torch.randn(1, 2), torch.randn(2, 2), torch.randn(2), torch.ones(1, 1), torch.tensor([0.0, 0.1])))
+    few = wanting((torch.randn(1, 2), torch.randn(2, 2), torch.randn(2), torch.ones(1, 1), torch.tensor([0.0, 0.04])))
     assert torch.autograd.gradgradcheck(solve, few, atol=1e-5, fast_mode=True)
 
 
@@ -177,7 +216,7 @@ def test_transforms(method, per_sample):
     assert_close(grad(cubed(solve), every)(*inputs), grad(cubed(other), every)(*inputs), 1e-3)
     assert_close(jacrev(solve, 3)(*inputs), jacrev(other, 3)(*inputs), 1e-3)
     assert_close(jacfwd(solve, 3)(*inputs), jacfwd(other, 3)(*inputs), 1e-3)
-    few = (inputs[0], *inputs[1:4], torch.tensor([0.0, 0.3]))
+    few = (inputs[0], *inputs[1:4], torch.tensor([0.0, 0.1]))
     assert_close(hessian(cubed(solve), 3)(*few), hessian(cubed(other), 3)(*few), 1e-2)
     y0, A, b, rate, t = inputs
     dims, args = (None, 0, None, None, None), (y0, torch.stack([A, 0.9 * A]), b, rate, t)
@@ -195,16 +234,21 @@ def test_stiff_gradient(method, per_sample):
     solver = method(rtol=1e-8, atol=1e-12, per_sample=per_sample)
     ys = odeint(robertson, y0[None], t, (rates,), batch_dims=1, solver=solver).ys
     (ours,) = torch.autograd.grad(ys[-1, 0, 0], rates)
-    for i, rate in enumerate(RATES):
-        step = torch.zeros(3)
-        step[i] = 1e-3 * rate
-        up, down = (radau(robertson, y0, t, RATES + sign * step)[-1, 0] for sign in (1, -1))
-        assert_close(ours[i] * rate, (up - down) / 2e-3, 1e-5)
+    assert_close(ours * RATES, robertson_differences(), 1e-5)
+
+
+@functools.cache
+def robertson_differences():
+    found = []
+    for step in torch.diag(1e-3 * RATES):
+        up, down = (radau(robertson, vector(1, 0, 0), [0.0, 40.0], RATES + sign * step)[-1, 0] for sign in (1, -1))
+        found.append((up - down) / 2e-3)
+    return torch.stack(found)
 
 
 @every_method
 def test_every_sample_has_the_steps_that_it_needs(method):
-    mu, t, y0 = torch.tensor([1.0, 10.0, 1000.0]), torch.tensor([0.0, 30.0]), torch.tensor([[2.0, 0.0]])
+    mu, t, y0 = torch.tensor([1.0, 10.0, 1000.0]), torch.tensor([0.0, 8.0]), torch.tensor([[2.0, 0.0]])
     solver = method(per_sample=True)
     together = odeint(van_der_pol, y0.expand(3, -1), t, (mu,), batch_dims=1, solver=solver)
     assert len(set(together.stats["steps"].tolist())) == 3
