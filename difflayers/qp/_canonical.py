@@ -55,7 +55,9 @@ def canonicalized(problem: Any, parameters: Sequence[Any], variables: Sequence[A
     """
     import cvxpy
 
-    made, chain, inverse = problem.get_problem_data(cvxpy.CLARABEL, gp=gp, solver_opts={"use_quad_obj": True})
+    # A problem of its own: what CVXPY remembers of one may ask for values of parameters the next time.
+    own = cvxpy.Problem(problem.objective, problem.constraints)
+    made, chain, inverse = own.get_problem_data(cvxpy.CLARABEL, gp=gp, solver_opts={"use_quad_obj": True})
     program = made["param_prob"]
     if program.cone_dims.pnd:
         raise ProblemError("the problem has a power cone of more than three entries; write it with PowCone3D")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from difflayers._solution import Status
 from difflayers.qp._clarabel import _STATUS
 from difflayers.qp._cone_host import ROUGH, ConeResults, ConeSamples, HostConeSolver
+from difflayers.qp._cone_solver import ConeSolver
 from difflayers.qp._cones import Cones
 from difflayers.qp._host import backend
+
+# The accuracy that it can have where numbers are small.
+FINEST = 1e-14
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,9 @@ class ConeClarabel(HostConeSolver):
 
     Samples have one pattern, so that all but the first one of a thread are updates of its solver.
     """
+
+    def fine(self) -> ConeSolver | None:
+        return replace(self, tol=FINEST) if self.tol > FINEST else None
 
     def solve_samples(self, samples: ConeSamples, rows: Sequence[int], results: ConeResults) -> None:
         module = backend("clarabel", "qp")

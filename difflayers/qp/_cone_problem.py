@@ -34,6 +34,14 @@ def cone_optimality(w: Tensor, data: Data, cones: Cones, y: Tensor | None = None
     return torch.cat([stationary, times(C, x) + y - v - d], dim=-1)
 
 
+def sizes_of_terms(w: Tensor, data: Data, y: Tensor) -> Tensor:
+    """Of every equation of :func:`cone_optimality`, the largest numbers that it could be made of."""
+    x, v = w.split((data.layout.n, data.layout.m), dim=-1)
+    sizes, (C, d) = data.map(torch.abs), constraints(data.map(torch.abs))
+    first = times(sizes.P, x.abs()) + sizes.q + transposed(C, y.abs())
+    return torch.cat([first, times(C, x.abs()) + y.abs() + (y - v).abs() + d], dim=-1)
+
+
 class ConeConditions(Residual):
     """:func:`cone_optimality` of bound data."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +17,7 @@ from difflayers._solver import Solver, empty_solution
 from difflayers.qp._cone_factor import ConeFactor, constraints
 from difflayers.qp._cone_factors import Patched, factored, refactored, start
 from difflayers.qp._cone_jacobian import ConeInverse
-from difflayers.qp._cone_problem import ConeProblem, cone_optimality
+from difflayers.qp._cone_problem import ConeProblem, cone_optimality, sizes_of_terms
 from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data, times, transposed
 
@@ -27,6 +27,8 @@ CERTIFIED = 1e-6
 EXACT, NEAR = 1e-15, 1e-11
 # And one this small says that an answer is the exact one, wherever Newton's method started.
 POLISHED = 1e-10
+# From this one on a residual may be large next to the terms of its own equation.
+CLEAR = 1e-12
 # The first steps of Newton's method may make the residual larger.
 UNCHECKED = 2
 
@@ -65,6 +67,10 @@ class ConeSolver(Solver):
 
     def rough(self) -> ConeSolver | None:
         """The same with less accuracy: enough for Newton's method to end most samples, in less time."""
+        return None
+
+    def fine(self) -> ConeSolver | None:
+        """The same with all the accuracy that it has, for problems of small numbers."""
         return None
 
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
@@ -121,7 +127,7 @@ class ConeWork:
     def _warm(self, going: Tensor, guess: Tensor) -> Tensor:
         """Which samples Newton's method solved from the guess."""
         self._polish(going, guess[going])
-        return going & (self.residual <= POLISHED * self.magnitude)
+        return going & self._holds(POLISHED)
 
     def _cold(self, going: Tensor) -> None:
         """Ask the backend, first for less accuracy where Newton's method may do the rest in less time."""
@@ -131,9 +137,14 @@ class ConeWork:
             going = going & ~self._settled()
         if bool(going.any()):
             self._ask(self.solver, going)
+            fine = self.solver.fine()
+            small = (self.residual <= POLISHED * self.magnitude) & ~self._holds(POLISHED)
+            doubtful = going & has_answer(self.status) & (small | ~self._holds(self.solver.accuracy))
+            if fine is not None and bool(doubtful.any()):
+                self._better(doubtful, lambda: self._ask(fine, doubtful))
 
     def _settled(self) -> Tensor:
-        solved = (self.status == int(Status.SUCCESS)) & (self.residual <= POLISHED * self.magnitude)
+        solved = (self.status == int(Status.SUCCESS)) & self._holds(POLISHED)
         return solved | (self.status == int(Status.INFEASIBLE)) | (self.status == int(Status.UNBOUNDED))
 
     def _ask(self, solver: ConeSolver, going: Tensor) -> None:
@@ -147,8 +158,32 @@ class ConeWork:
         self.w[going] = torch.where(w.isfinite(), w, 0)
         if bool(answered.any()):
             self._polish(solved, self.w[solved])
+            left = solved & ~self._holds(POLISHED)
+            if self.cones.nonnegative and bool(left.any()):
+                self._again(left, found.x[left[going]], found.y[left[going]], found.s[left[going]])
             self._judge(solved)
         self._prove(going & ~has_answer(self.status), going, found)
+
+    def _again(self, unsettled: Tensor, x: Tensor, y: Tensor, s: Tensor) -> None:
+        """Newton's method from where each inequality has the one of multiplier and slack that is large for its kind."""
+        rows = slice(self.cones.zero, self.cones.linear)
+        held, slack = y[:, rows].clamp_min(0), s[:, rows].clamp_min(0)
+        holds = held * slack.amax(-1, keepdim=True) > slack * held.amax(-1, keepdim=True)
+        v = y - s
+        v[:, rows] = torch.where(holds, held, -slack)
+        w = torch.cat([x, v], dim=-1)
+        self._better(unsettled, lambda: self._polish(unsettled, w))
+
+    def _better(self, which: Tensor, attempt: Callable[[], None]) -> None:
+        """Attempt to improve on some samples; those that it didn't stay what they were."""
+        names = ("w", "residual", "degenerate", "status")
+        before = {name: getattr(self, name).clone() for name in names}
+        attempt()
+        worse = which & ~(self.residual < before["residual"])
+        if bool(worse.any()):
+            self.factor = None
+            for name in names:
+                getattr(self, name)[worse] = before[name][worse]
 
     def _polish(self, which: Tensor, w: Tensor) -> None:
         """Newton steps, each taken where it makes the residual smaller; factored again where that isn't small yet."""
@@ -179,10 +214,23 @@ class ConeWork:
             self.factor = Patched(self.factor, which, factor)
 
     def _judge(self, solved: Tensor) -> None:
-        right = self.residual <= self.solver.accuracy * self.magnitude
+        right = self._holds(self.solver.accuracy)
         self.status[solved & right] = int(Status.SUCCESS)
         wrong = solved & ~right & (self.status == int(Status.SUCCESS))
         self.status[wrong] = int(Status.STALLED)
+
+    def _holds(self, accuracy: float) -> Tensor:
+        """Where all conditions hold, each by its own size too if that may be small."""
+        right = self.residual <= accuracy * self.magnitude
+        unclear = right & (self.residual > CLEAR * self.magnitude)
+        if bool(unclear.any()):
+            part, w = self._part(unclear), self.w[unclear]
+            y = self.cones.project(w[:, self.data.layout.n :])
+            sizes = self.cones.widened(sizes_of_terms(w, part, y), self.data.layout.n)
+            error = cone_optimality(w, part, self.cones, y).abs()
+            least = accuracy * sizes + EXACT * self.magnitude[unclear, None]
+            right = right.index_put((unclear,), (error <= least).all(-1))
+        return right
 
     def _prove(self, claimed: Tensor, going: Tensor, found: ConeAnswers) -> None:
         """Keep claims that there is no solution where the proof holds; the others are ``BACKEND_ERROR``."""

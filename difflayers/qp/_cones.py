@@ -125,6 +125,11 @@ class Cones:
         joined = torch.cat(parts, dim=-2)
         return joined if self._order is None else joined[:, self._order.to(rows.device)]
 
+    def widened(self, sizes: Tensor, first: int) -> Tensor:
+        """Sizes of rows, after ``first`` others: of the rows of a curved cone, the largest."""
+        parts = list(sizes.split([first + self.linear, *self.sizes], dim=-1))
+        return torch.cat([parts[0], *[part.amax(-1, keepdim=True).expand_as(part) for part in parts[1:]]], dim=-1)
+
     def derivative(self, rotation: Rotation) -> Sparse:
         """``D`` itself, block by block."""
         samples, linear = len(rotation.values), torch.arange(self.linear, device=rotation.values.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,24 +12,16 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from difflayers._adjoint import Adjoint, ImplicitAdjoint
-from difflayers._areas import resolve
 from difflayers._arrays import to_tensors
 from difflayers._autodiff import without_autocast
 from difflayers._progress import showing
 from difflayers._solution import OnFailure, Solution, to_numpy
 from difflayers._solver import Solver
-from difflayers.errors import ProblemError, UnknownNameError
+from difflayers.errors import ProblemError
 from difflayers.qp._canonical import canonicalized
-from difflayers.qp._clarabel import Clarabel
-from difflayers.qp._cone_api import CONE_SOLVERS, ConeSolution, solve_cone
+from difflayers.qp._cone_api import ConeSolution, solve_cone
 from difflayers.qp._disciplined import check_parameters, check_problem, check_variables
-
-# What other packages call the options that every solver has.
-_ALIASES = {
-    "tol": ("eps", "eps_abs", "eps_rel", "tol_gap_abs", "tol_gap_rel", "tol_feas"),
-    "max_steps": ("max_iters", "max_iter"),
-    "threads": ("n_jobs_forward",),
-}
+from difflayers.qp._options import named, with_options
 
 
 @dataclass(frozen=True)
@@ -55,9 +47,11 @@ class CvxpyLayer(nn.Module):
         parameters: all parameters of the problem, in the order in which their values come.
         variables: what to return: variables, or dual variables of constraints, ``constraint.dual_variables[0]``.
         solver: a solver object, or the name of one; None is Clarabel, or for linear and quadratic programs what
-            :func:`solve_qp` chooses.
+            :func:`solve_qp` chooses. The backends of cvxpylayers, ``"DIFFCP"``, ``"MOREAU"`` and ``"CUCLARABEL"``, are
+            names of the default too.
         gp: whether the problem is a log-log convex program, such as a geometric one.
-        solver_args: options of the solver by name, such as ``{"tol": 1e-8}``; a call may have others.
+        solver_args: options of the solver by name, such as ``{"tol": 1e-8}``; a call may have others. The names that
+            diffcp and SCS have serve too, and where one has no meaning here, a warning says so.
         adjoint: the derivative rule; None is :class:`~difflayers.ImplicitAdjoint`.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``: a sample without a solution is NaN and gives no gradient.
 
@@ -92,7 +86,7 @@ class CvxpyLayer(nn.Module):
         check_parameters(problem, parameters)
         check_variables(problem, variables)
         self.gp, self.on_failure, self.adjoint = gp, on_failure, adjoint or ImplicitAdjoint()
-        self.solver = _with_options(_resolved(solver), solver_args)
+        self.solver = with_options(named(solver), solver_args)
         self.names = tuple(parameter.name() for parameter in parameters)
         self.shapes = tuple(tuple(parameter.shape) for parameter in parameters)
         self.canonical = canonicalized(problem, parameters, variables, gp=gp)
@@ -129,7 +123,7 @@ def _solved(
     layer: CvxpyLayer, values: Sequence[Any], options: Mapping[str, Any] | None, init: CvxpySolution | None
 ) -> CvxpySolution:
     tensors, batch, numpy = _checked(layer, values)
-    solver = _with_options(layer.solver, options)
+    solver = with_options(layer.solver, options)
     with without_autocast(tensors[0].device if tensors else torch.device("cpu")):
         P, q, C, d = layer.canonical.data(tensors, batch)
         # A constant one may be all that tells the batch; not a view, which forward mode couldn't write to.
@@ -172,7 +166,9 @@ def _checked(layer: CvxpyLayer, values: Sequence[Any]) -> tuple[list[Tensor], to
 def _check_value(name: str, shape: tuple[int, ...], value: Any, first: Tensor | None) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         what = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-        raise ProblemError(f"the value of {name} must be a tensor or array of real floating point, got {what}")
+        foreign = type(value).__module__.split(".")[0] in ("jax", "jaxlib", "mlx")
+        hint = "; there are no layers for JAX and MLX, pass numpy.asarray(value)" if foreign else ""
+        raise ProblemError(f"the value of {name} must be a tensor or array of real floating point, got {what}{hint}")
     if tuple(value.shape[max(value.dim() - len(shape), 0) :]) != shape:
         raise ProblemError(
             f"the value of {name} has shape {tuple(value.shape)}, but must be {shape}, or that after batch dimensions"
@@ -183,27 +179,6 @@ def _check_value(name: str, shape: tuple[int, ...], value: Any, first: Tensor | 
             "convert one with .to()"
         )
     return value
-
-
-def _resolved(solver: str | Solver | None) -> Solver | None:
-    """CVXPY writes the names of solvers in capitals."""
-    if solver is None:
-        return None
-    return resolve(solver.lower() if isinstance(solver, str) else solver, CONE_SOLVERS)
-
-
-def _with_options(solver: Solver | None, options: Mapping[str, Any] | None) -> Solver | None:
-    if not options:
-        return solver
-    solver = solver or Clarabel()
-    known = [field.name for field in fields(solver)]  # type: ignore[arg-type]
-    changes = {}
-    for name, value in options.items():
-        own = next((own for own, others in _ALIASES.items() if name in others), name)
-        if own not in known:
-            raise UnknownNameError(f"option of {type(solver).__name__}", name, known)
-        changes[own] = value
-    return replace(solver, **changes)  # type: ignore[type-var]
 
 
 def _variables(

@@ -8,6 +8,10 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from difflayers._solution import Status
 from difflayers.errors import ConvergenceWarning, MissingBackendError, ProblemError, SolverError
 from difflayers.qp import DAQP, SCS, Clarabel, Cones, Sparse, solve_cone, solve_qp
+from difflayers.qp._cone_clarabel import ConeClarabel
+from difflayers.qp._cone_problem import cone_optimality
+from difflayers.qp._cone_solver import ConeWork
+from difflayers.qp._data import Data
 
 KINDS = {
     "second order": Cones(1, 2, (3, 4)),
@@ -104,6 +108,41 @@ def test_shared_blocks_and_leading_dimensions():
     own = C.detach().expand(3, -1, -1).clone().requires_grad_()
     call(cones)(L, q, own, d).pow(2).sum().backward()
     contracts.assert_close(C.grad, 2 * own.grad.sum(0), 1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.01, 0.05, 1.0, 1e3])
+def test_portfolios_have_the_same_weights_in_all_units_of_returns(scale):
+    # Least ‖Rw‖ - μᵀw over w ≥ 0 that sum up to one, whose conditions are small where returns are.
+    n, samples = 20, 40
+    generator = torch.Generator().manual_seed(0)
+    returns = 0.01 + 0.05 * torch.randn(samples, 60, n, generator=generator)
+    R, mean = torch.linalg.qr(returns / 60**0.5).R * scale, returns.mean(1) * scale
+    cones = Cones(1, n, (1 + n,))
+    C = torch.zeros(samples, cones.rows, 1 + n)
+    C[:, 0, 1:], C[:, 1 : 1 + n, 1:], C[:, 1 + n, 0], C[:, 2 + n :, 1:] = 1, -torch.eye(n), -1, -R
+    d = torch.zeros(cones.rows)
+    d[0] = 1
+    q = torch.cat([torch.ones(samples, 1), -mean], dim=1)
+    solution = solve_cone(None, q, C, d, cones)
+    assert (solution.stats["residual"] <= 1e-10 * max(scale, 1)).all()
+    w, y = solution.x[:, 1:], solution.y[:, 1 : 1 + n]
+    # Its conditions, in the units of the returns, where a residual of 1e-10 is more the smaller they are.
+    gradient = (R.mT @ (R @ w.unsqueeze(-1))).squeeze(-1) / (R @ w.unsqueeze(-1)).norm(dim=1) - mean
+    rest = (gradient + solution.y[:, :1] - y) / scale
+    assert rest.abs().max() < 1e-9 * max(1, 1 / scale)
+    assert w.min() > -1e-12
+    contracts.assert_close(w.sum(-1), torch.ones(samples), 1e-12)
+
+
+def test_what_is_wrong_in_units_of_its_own_is_not_called_solved():
+    cones = Cones(nonnegative=1, second_order=(2,))
+    C, d = torch.tensor([[-1.0], [0.0], [0.0]]), torch.tensor([0.0, 1.0, 0.0])
+    data = Data.of({"P": torch.eye(1) * 1e-9, "q": torch.tensor([[-1e-9]]), "G": C, "h": d})
+    work = ConeWork(ConeClarabel(), data, cones, 1)
+    for x, right in ((1.0, True), (0.5, False)):
+        work.w = torch.tensor([[x, -x, -1.0, 0.0]])
+        work.residual = cone_optimality(work.w, data, cones).abs().amax(-1)
+        assert work._holds(1e-6).item() is right
 
 
 def test_zero_and_nonnegative_cones_are_a_quadratic_program():

@@ -218,7 +218,7 @@ def test_options_of_the_solver():
     assert layer.solver == Clarabel(tol=1e-7)
     contracts.assert_close(layer(*case.values, solver_args={"max_iters": 60}), layer(*case.values), 1e-9)
     with pytest.raises(SolverError, match="MAX_STEPS"):
-        layer(*case.values, solver_args={"max_iters": 2})
+        layer(*case.values, solver_args={"max_iters": 1})
     with pytest.raises(UnknownNameError, match="did you mean 'max_steps'"):
         layer(*case.values, solver_args={"max_step": 2})
 

@@ -2,7 +2,12 @@
 
 An example is a function of the class, so that the numbers here are what the same functions gave with version 1.2.0,
 diffcp 1.1.9 and SCS at a tolerance of 1e-12; see :data:`RECORDED`.
+
+Its README has two more, for JAX and for a GPU that CuClarabel solves on: JAX has no layer here, and the other is
+:func:`readme_gpu`, whose parameters are on the CPU where there is no GPU.
 """
+
+import warnings
 
 import contracts
 import cvxpy as cp
@@ -10,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from difflayers.qp import CvxpyLayer
+from difflayers.errors import ProblemError, UnknownNameError
+from difflayers.qp import SCS, Clarabel, CvxpyLayer
+from difflayers.qp._options import with_options
 
 
 def numbers(*shape, seed=0):
@@ -64,6 +71,27 @@ def readme_options(layer_class):
     layer = layer_class(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.norm(x) <= 1]), [a], [x])
     a_value = numbers(3)
     return with_gradients(layer(a_value, solver_args={"eps": 1e-8}), a_value)
+
+
+def readme_options_if_not_converging(layer_class):
+    x, a = cp.Variable(3), cp.Parameter(3)
+    layer = layer_class(cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.norm(x) <= 1]), [a], [x])
+    options = {"eps": 1e-8, "max_iters": 10000, "acceleration_lookback": 0}
+    a_value = numbers(3)
+    with pytest.warns(UserWarning, match="acceleration_lookback"):
+        found = layer(a_value, solver_args=options)
+    return with_gradients(found, a_value)
+
+
+def readme_gpu(layer_class):
+    n, m = 2, 3
+    x, A, b = cp.Variable(n), cp.Parameter((m, n)), cp.Parameter(m)
+    problem = cp.Problem(cp.Minimize(0.5 * cp.pnorm(A @ x - b, p=1)), [x >= 0])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.warns(UserWarning, match="Clarabel, on the CPU"):
+        layer = layer_class(problem, parameters=[A, b], variables=[x], solver=cp.CUCLARABEL).to(device)
+    leaves = numbers(m, n), numbers(m, seed=1)
+    return [t.cpu() for t in with_gradients(layer(*[leaf.to(device) for leaf in leaves]), *leaves)]
 
 
 def least_squares(layer_class):
@@ -164,8 +192,9 @@ def logistic_regression(layer_class):
 
 
 EXAMPLES = [
-    readme_pytorch, readme_dual_variables, readme_log_log_convex, readme_options, least_squares, batched_least_squares,
-    entropic_transport, linear_quadratic_policy, denoising, median, elastic_net, logistic_regression,
+    readme_pytorch, readme_dual_variables, readme_log_log_convex, readme_options, readme_options_if_not_converging,
+    readme_gpu, least_squares, batched_least_squares, entropic_transport, linear_quadratic_policy, denoising, median,
+    elastic_net, logistic_regression,
 ]  # fmt: skip
 
 # Of every value and gradient up to three entries, and where there are more, the sum of all, each times the cosine of
@@ -239,6 +268,10 @@ RECORDED = {
         [0.1812239612, 0.1140729724, -0.1410367184, 1.4100165297],
     ],
 }
+RECORDED |= {
+    "readme_options_if_not_converging": RECORDED["readme_options"],
+    "readme_gpu": RECORDED["readme_pytorch"],
+}
 
 
 def digest(value):
@@ -265,3 +298,49 @@ def test_float32_as_the_readme_has_it():
     for value, numbers_then in zip([solution, *[v.grad for v in values]], RECORDED["readme_pytorch"], strict=True):
         assert value.dtype == torch.float32
         contracts.assert_close(digest(value.double()), torch.tensor(numbers_then), 1e-5)
+
+
+def disk():
+    x, a = cp.Variable(3), cp.Parameter(3)
+    return cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.norm(x) <= 1]), [a], [x]
+
+
+@pytest.mark.parametrize("name", ["DIFFCP", cp.CLARABEL, cp.SCS, "MOREAU", cp.CUCLARABEL])
+def test_backends_of_cvxpylayers_by_their_names(name):
+    problem, parameters, variables = disk()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "solver='(MOREAU|CUCLARABEL)': Clarabel")
+        layer = CvxpyLayer(problem, parameters, variables, solver=name)
+    contracts.assert_close(layer(numbers(3)), CvxpyLayer(problem, parameters, variables)(numbers(3)), 1e-9)
+    assert isinstance(layer.solver, SCS) == (name == cp.SCS)
+
+
+def test_options_of_diffcp():
+    layer = CvxpyLayer(*disk())
+    options = {"solve_method": "SCS", "eps": 1e-9, "max_iters": 5000, "n_jobs_forward": -1}
+    assert with_options(layer.solver, options) == SCS(tol=1e-9, max_steps=5000)
+    assert with_options(None, {"eps_abs": 1e-7, "eps_rel": 1e-6}) == Clarabel(tol=1e-7)
+    with pytest.warns(UserWarning, match="option mode of other solvers"):
+        assert with_options(None, {"mode": "dense"}) is None
+    contracts.assert_close(layer(numbers(3), solver_args=options), layer(numbers(3)), 1e-9)
+    for wrong in ({"solve_method": "ECOS"}, {"epsilon": 1e-8}):
+        with pytest.raises(UnknownNameError, match="Known: "):
+            layer(numbers(3), solver_args=wrong)
+    with pytest.raises(ProblemError, match="pass adjoint="):
+        layer(numbers(3), solver_args={"mode": "lpgd", "derivative_kwargs": {"tau": 0.1}})
+    with pytest.raises(UnknownNameError, match="Known: clarabel, scs"):
+        CvxpyLayer(*disk(), solver="MPAX")
+
+
+def test_arrays_of_other_frameworks_are_told_what_to_do():
+    foreign = type("ArrayImpl", (), {"__module__": "jaxlib._jax"})()
+    with pytest.raises(ProblemError, match=r"got ArrayImpl; there are no layers for JAX and MLX, pass numpy.asarray"):
+        CvxpyLayer(*disk())(foreign)
+
+
+def test_two_layers_of_one_geometric_program_without_values():
+    x, a = cp.Variable(pos=True), cp.Parameter(pos=True)
+    problem = cp.Problem(cp.Minimize(x + a / x))
+    for _ in range(2):
+        (found,) = CvxpyLayer(problem, [a], [x], gp=True)(torch.tensor(4.0))
+        contracts.assert_close(found, torch.tensor(2.0), 1e-12)
