@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 GENERATED = {"_build", "auto_examples"}
 GUIDES = {f"docs/fixedpoint/{name}.rst" for name in ("roots", "fixed_points", "minimize", "deq", "choosing")}
-GUIDES |= {f"docs/qp/{name}.rst" for name in ("index", "solve_qp", "degenerate", "choosing")}
+GUIDES |= {f"docs/qp/{name}.rst" for name in ("index", "solve_qp", "degenerate", "choosing")} | {"docs/monitoring.rst"}
 WITH_EXAMPLES = {"README.md", "docs/index.rst", "docs/gradients.rst", "docs/extending.rst"} | GUIDES
 PAGES = {
     path.relative_to(ROOT).as_posix()
