@@ -108,7 +108,7 @@ def test_make_says_when_environments_cannot_be_made(make, tmp_path):
         assert "no ensurepip" in done.stderr
         assert "make VENV=" in done.stderr
     done = make("demo", f"PYTHON={script(tmp_path / 'python', 'exit 1')}")
-    assert "isn't a Python 3.10 or newer" in done.stderr
+    assert "isn't a Python 3.11 or newer" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def canonicalized(problem: Any, parameters: Sequence[Any], variables: Sequence[A
     program = made["param_prob"]
     if program.cone_dims.pnd:
         raise ProblemError("the problem has a power cone of more than three entries; write it with PowCone3D")
-    if program.lower_bounds is not None or program.upper_bounds is not None or program.dir_cones:
+    direct = getattr(program, "dir_cones", None)  # since CVXPY 1.9.3
+    if program.lower_bounds is not None or program.upper_bounds is not None or direct:
         raise ProblemError("CVXPY kept bounds apart from the constraints; write them as constraints")
     cones = _cones(program.cone_dims)
     primal = {variable.id for variable in problem.variables()}
