@@ -1,4 +1,4 @@
-"""Whether an installed package is whole and works: what ``make dist`` runs where there is nothing else of this repository.
+"""Whether an installed package is whole and works: what ``make dist`` runs where nothing else of this repository is.
 
 Run as ``python -I tests/smoke.py``; it needs what the package requires, no extras and no pytest.
 """
