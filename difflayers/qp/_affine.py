@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class Block:
         zeros = terms.new_zeros(*terms.shape[:-1], len(constant))
         return zeros.index_add(-1, self.rows.to(device), terms) + constant
 
-    @property
+    @cached_property
     def _one_each(self) -> bool:
         count = len(self.constant)
         return len(self.rows) == count and bool((self.rows == torch.arange(count)).all())

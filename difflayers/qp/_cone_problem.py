@@ -16,8 +16,7 @@ from difflayers.qp._cone_jacobian import ConeJacobian
 from difflayers.qp._cones import Cones
 from difflayers.qp._data import MATRICES, Data, times, transposed
 from difflayers.qp._problem import _aligned_shape
-from difflayers.qp._pullback import _of_matrix as of_matrix
-from difflayers.qp._pullback import _of_vector as of_vector
+from difflayers.qp._pullback import of_matrix, of_vector
 from difflayers.qp._sparse import Pattern, Sparse
 
 

@@ -221,8 +221,11 @@ class ConeWork:
 
     def _holds(self, accuracy: float) -> Tensor:
         """Where all conditions hold, each by its own size too if that may be small."""
+        clear = self.residual <= CLEAR * self.magnitude
+        if bool(clear.all()):
+            return clear
         right = self.residual <= accuracy * self.magnitude
-        unclear = right & (self.residual > CLEAR * self.magnitude)
+        unclear = right & ~clear
         if bool(unclear.any()):
             part, w = self._part(unclear), self.w[unclear]
             y = self.cones.project(w[:, self.data.layout.n :])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from difflayers._autodiff import primal
-from difflayers.qp._scalar_root import STEPS
+from difflayers.qp._scalar_root import STEPS, untracked
 
 Array = np.ndarray[Any, np.dtype[Any]]
 SMALLEST, LARGEST = float(np.finfo(np.float64).tiny), float(np.finfo(np.float64).max)
@@ -31,6 +31,8 @@ def exponential_cone(x: Tensor) -> Tensor:
     Args:
         x: finite, ``(*batch, 3)``.
     """
+    if untracked(x):
+        return _nearest(x)
     point: Tensor = _Nearest.apply(x)  # type: ignore[no-untyped-call]
     return point
 
@@ -41,7 +43,7 @@ def spectrum(x: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     Along the boundary the cone is straight in the direction of the point itself and curved in the one orthogonal to
     that and to the normal. With ``u`` that one and ``w = u₀ - ρ u₁``, the eigenvalue there is ``a/(a + b w²)``.
     """
-    inside, polar, face = _divided(x)
+    inside, polar, face = (_divided if untracked(x) else _divided_outside_dynamo)(x)
     plain = (inside | polar | face).unsqueeze(-1)
     safe = torch.ones_like(x[..., 0])
     near = torch.where(plain, torch.stack([0 * safe, safe, safe], dim=-1), point)
@@ -63,7 +65,6 @@ def spectrum(x: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(plain, flat, values), torch.where(plain.unsqueeze(-1), eye, vectors)
 
 
-@_disable_dynamo
 def _divided(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`_regions` of a tensor, which may be a dual number or wrapped."""
     r, s, t = x.detach().unbind(-1)
@@ -72,6 +73,9 @@ def _divided(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     exponent = torch.where(r > 0, s / torch.where(r > 0, r, 1) - 1, 0)
     polar = ((r > 0) & (r * exponent.exp() <= -t)) | ((r == 0) & (s <= 0) & (t <= 0))
     return inside, polar & ~inside, (r <= 0) & (s <= 0) & ~inside & ~polar
+
+
+_divided_outside_dynamo = _disable_dynamo(_divided)
 
 
 def _exponent(point: Tensor, rest: Tensor) -> Tensor:
@@ -100,7 +104,7 @@ class _Nearest(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return _nearest(x)
+        return _nearest_outside_dynamo(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -124,7 +128,6 @@ class _Nearest(torch.autograd.Function):
         return _Nearest.apply(x.movedim(in_dims[0], 0)), 0  # type: ignore[no-untyped-call]
 
 
-@_disable_dynamo
 def _nearest(x: Tensor) -> Tensor:
     """On the host; asked again for the last points, as polishing, duals and derivatives do, it remembers them."""
     points = x.detach().cpu().double().numpy()
@@ -134,6 +137,9 @@ def _nearest(x: Tensor) -> Tensor:
             known = points.copy(), _by_rows(points.reshape(-1, 3)).reshape(points.shape)
         _last.pair = known if points.size <= REMEMBERED else None
     return torch.from_numpy(known[1].copy()).to(x)
+
+
+_nearest_outside_dynamo = _disable_dynamo(_nearest)
 
 
 def _by_rows(x: Array) -> Array:

@@ -25,33 +25,33 @@ def gradients(data: Data, w: Point, u: Point, wanted: Sequence[str]) -> tuple[Te
 def _gradient(name: str, data: Data, w: Point, u: Point) -> Tensor:
     match name:
         case "P":
-            return _of_matrix(data.P, [(u.x, w.x)])
+            return of_matrix(data.P, [(u.x, w.x)])
         case "q":
-            return _of_vector(data.q, u.x)
+            return of_vector(data.q, u.x)
         case "G":
-            return _of_matrix(data.G, [(u.v, w.x), (torch.relu(w.v), u.x)])
+            return of_matrix(data.G, [(u.v, w.x), (torch.relu(w.v), u.x)])
         case "h":
-            return _of_vector(data.h, -u.v)
+            return of_vector(data.h, -u.v)
         case "A":
-            return _of_matrix(data.A, [(u.y, w.x), (w.y, u.x)])
+            return of_matrix(data.A, [(u.y, w.x), (w.y, u.x)])
         case "b":
-            return _of_vector(data.b, -u.y)
+            return of_vector(data.b, -u.y)
         case "lb":
             return _of_bound(data.lb, u.low)
         case _:
             return _of_bound(data.ub, -u.high)
 
 
-def _of_vector(block: Tensor | None, gradient: Tensor) -> Tensor:
+def of_vector(block: Tensor | None, gradient: Tensor) -> Tensor:
     shared = block is not None and block.dim() == 1
     return _summed(gradient) if shared else gradient
 
 
 def _of_bound(bound: Tensor | None, gradient: Tensor) -> Tensor:
-    return _of_vector(bound, gradient if bound is None else torch.where(bound.isfinite(), gradient, 0))
+    return of_vector(bound, gradient if bound is None else torch.where(bound.isfinite(), gradient, 0))
 
 
-def _of_matrix(block: Tensor | Sparse | None, outer: Outer) -> Tensor:
+def of_matrix(block: Tensor | Sparse | None, outer: Outer) -> Tensor:
     if isinstance(block, Sparse):
         rows, columns = block.pattern.rows, block.pattern.columns
         values = torch.stack([left[..., rows] * right[..., columns] for left, right in outer]).sum(0)

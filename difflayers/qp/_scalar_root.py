@@ -38,6 +38,12 @@ def scalar_root(equation: Equation, low: Tensor, high: Tensor, start: Tensor, *p
     return root
 
 
+def untracked(x: Tensor) -> bool:
+    """Whether nothing follows what is done with a tensor: no graph, transform, dual number or compiler."""
+    graph = x.requires_grad and torch.is_grad_enabled()
+    return not (graph or in_functorch() or _in_forward_mode() or torch.compiler.is_compiling())
+
+
 def _in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
