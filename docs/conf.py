@@ -63,7 +63,7 @@ html_copy_source = False
 # Pages that aren't part of a section have nothing to show beside them.
 _ALONE = (
     "index", "benchmarks", "changelog", "choosing", "design", "extending", "gradients", "mathematics", "monitoring",
-    "troubleshooting",
+    "quickstart/*", "troubleshooting",
 )  # fmt: skip
 html_sidebars = {page: [] for page in _ALONE}
 html_theme_options: dict[str, Any] = {
