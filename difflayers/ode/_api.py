@@ -25,7 +25,7 @@ from difflayers.ode._checkpointed import CheckpointedAdjoint
 from difflayers.ode._event_solve import Happened, per_event, solve_with_events
 from difflayers.ode._events import Event, event_parameters, events_of
 from difflayers.ode._explicit import OneStepSolver
-from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._problem import IN_PLACE, InitialValueProblem
 from difflayers.ode._state import State
 from difflayers.ode._times import filled, output_times
 
@@ -46,7 +46,8 @@ class ODESolution(Solution):
     Attributes:
         t: the output times, ``(T,)`` or ``(*batch, T)``, the latter with NaN after the last one of a sample.
         event_t: when an event was met: ``(*batch,)`` if it is terminal; otherwise ``(*batch, K)``, first to last, with
-            ``K`` the largest number of times that any sample met it. NaN where it wasn't; in the dtype of ``t``.
+            ``K`` the largest number of times that any sample met it. NaN where it wasn't; in the dtype of ``t``, or of
+            ``y0`` where ``t`` is a list of numbers.
         event_y: the states then, ``(*batch, ...)`` or ``(K, *batch, ...)``, in the structure of ``y0``; NaN likewise.
         event_count: how many times a sample met it, ``(*batch,)``.
     """
@@ -169,7 +170,8 @@ def integrate(
             found = rule.apply(problem, chosen, params, start.detach(), on_failure)
     solution = _as_given(found if asked is None else _masked(found, asked), state, given)
     if events:
-        solution = _with_events(solution, state, happened, events, not isinstance(event, Sequence))
+        dtype = start.dtype if isinstance(t, list | tuple) else given.dtype
+        solution = _with_events(solution, state, happened, events, not isinstance(event, Sequence), dtype)
     return solution.numpy() if numpy else solution
 
 
@@ -197,8 +199,14 @@ def _check_promise(
     if checked is not None and key in checked:
         return
     t = times.detach()[..., :1] if times.dim() > 1 else times.detach()[0]
-    evaluate = problem.evaluator([tensor.detach() for tensor in tensors])
-    check_independence(lambda rows: evaluate(t.to(start.dtype), rows), start.detach(), 1)
+    # A module with its own parameters is called as it is, which takes a third of the time.
+    evaluate = problem.evaluator([p if isinstance(p, nn.Parameter) else p.detach() for p in tensors])
+    try:
+        check_independence(lambda rows: evaluate(t.to(start.dtype), rows), start.detach(), 1)
+    except RuntimeError as error:
+        if "in-place operation" in str(error):
+            raise ProblemError(IN_PLACE) from error
+        raise
     if checked is not None:
         checked.add(key)
 
@@ -226,9 +234,9 @@ def _as_given(solution: Solution, state: State, times: Tensor) -> ODESolution:
 
 
 def _with_events(
-    solution: ODESolution, state: State, happened: Happened, events: Sequence[Event], alone: bool
+    solution: ODESolution, state: State, happened: Happened, events: Sequence[Event], alone: bool, dtype: torch.dtype
 ) -> ODESolution:
-    batch, dtype = state.batch, solution.t.dtype
+    batch = state.batch
     times, states, counts = [], [], []
     for event, (time, y, count) in zip(events, per_event(happened, events), strict=True):
         lead = batch if event.terminal else torch.Size((time.shape[-1], *batch))

@@ -94,7 +94,10 @@ class ODELayer(nn.Module):
 
     def extra_repr(self) -> str:
         times, batch = self.t.shape[-1], self.batch_dims
-        return f"times={times}, solver={self.solver!r}, adjoint={self.adjoint!r}, batch_dims={batch}"
+        text = f"times={times}, solver={self.solver!r}, adjoint={self.adjoint!r}, batch_dims={batch}"
+        if self.event is not None:
+            text += f", event={self.event!r}"
+        return text if self.mass is None else f"{text}, mass={tuple(self.mass.shape)}"
 
 
 # torch.compiler.disable would import the whole of dynamo here; this imports it when called.

@@ -18,6 +18,7 @@ from difflayers.ode._mass import Massive
 from difflayers.ode._state import State
 
 Evaluate = Callable[[Tensor, Tensor], Tensor]
+IN_PLACE = "fn writes to y in place; use operations that return new tensors, or y.clone()"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class InitialValueProblem(Problem):
                 with autocast():
                     value = checked(fn(t, y, *args), y)
             if before is not None and rows._version != before:
-                raise ProblemError("fn writes to y in place; use operations that return new tensors, or y.clone()")
+                raise ProblemError(IN_PLACE)
             return value if y is rows else state.pack(value, rows.shape[0])
 
         return Massive(evaluate, tensors[-1]) if self.massive else evaluate

@@ -375,6 +375,8 @@ def test_trees_complex_numbers_and_float32():
         expected = torch.acos(torch.tensor([0.5, 0.1], dtype=dtype))
         assert solution.event_t.dtype == dtype
         assert_close(solution.event_t, expected, tolerance)
+        listed = odeint(turn, state, [0.0, 4.0], batch_dims=1, event=event).event_t
+        assert listed.dtype == dtype
         assert_close(solution.event_y["z"], torch.polar(torch.tensor([1.0, 2], dtype=dtype), expected), tolerance)
         solution.event_t.sum().backward()
         slope = -1 / torch.sqrt(torch.tensor([1.0, 4.0], dtype=dtype) - torch.tensor([0.25, 0.04], dtype=dtype))
@@ -465,6 +467,7 @@ def test_layer_with_a_learnt_event():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
 def test_compiled():
     layer = ODELayer(Field(), [0.0, 20.0], batch_dims=1, event=Plane())
+    assert "event=Plane(" in repr(layer)
 
     class Model(nn.Module):
         def __init__(self):

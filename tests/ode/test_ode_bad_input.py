@@ -176,10 +176,11 @@ def test_bad_right_hand_sides(solver, fn, message):
 
 @SOLVERS
 def test_right_hand_sides_that_write(solver):
-    counted = Counted(lambda t, y: y.mul_(-1))
-    with pytest.raises(ProblemError, match="in place"):
-        odeint(counted, torch.ones(3, 2), [0.0, 1.0], solver=solver)
-    assert counted.count == 1
+    for batch_dims, tracked in ((0, False), (1, False), (0, True), (1, True)):
+        counted = Counted(lambda t, y: y.mul_(-1))
+        with pytest.raises(ProblemError, match="in place"):
+            odeint(counted, torch.ones(3, 2, requires_grad=tracked), [0.0, 1.0], batch_dims=batch_dims, solver=solver)
+        assert counted.count == 1
 
 
 @SOLVERS
