@@ -237,8 +237,8 @@ class HostSolver(Solver):
         result = self.solve_sample(fn, x0.copy())
         x = np.asarray(result.x, dtype=x0.dtype).reshape(x0.shape)
         norm = host_norm(fn(x))
-        # Some functions are finite at infinity.
-        if not (np.isfinite(norm) and np.isfinite(x).all()):
+        # Some functions are finite at infinity, which in the dtype of the unknown begins where it overflows.
+        if not (np.isfinite(norm) and (np.abs(x) <= torch.finfo(init.dtype).max).all()):
             status = Status.NONFINITE if result.status.has_answer else result.status
             return x0, int(status), result.steps, fn.evaluations, norm
         return x, int(self._judged(fn, x, x0, first, result.status)), result.steps, fn.evaluations, norm

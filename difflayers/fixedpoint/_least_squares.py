@@ -25,7 +25,8 @@ class SumOfSquares(Gradient):
         return self._raw_at(z).square().sum(-1) / 2
 
     def equations(self, z: Tensor) -> Tensor:
-        return self._raw_at(z).reshape(z.shape[: self.problem.batch_dims].numel(), -1)
+        raw = self._raw_at(z)
+        return raw.reshape(z.shape[: self.problem.batch_dims].numel(), raw.shape[-1])
 
     def _linearize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         self.evaluations += 1
@@ -64,5 +65,6 @@ def rows_per_sample(value: Any, z: Any, batch_dims: int) -> Tensor:
                 f"residual returned shape {tuple(leaf.shape)}, but with batch_dims={batch_dims} and an unknown of "
                 f"shape {tuple(like.shape)} it must begin with {tuple(batch)}"
             )
-    rows = [leaf.reshape(*batch, -1) for leaf in leaves]
+    # Not reshape, which can't infer a size where there are no samples.
+    rows = [leaf.flatten(batch_dims) if leaf.dim() > batch_dims else leaf.unsqueeze(-1) for leaf in leaves]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)

@@ -16,6 +16,7 @@ from difflayers._problem import Residual
 from difflayers._solution import OnFailure, Solution
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
+from difflayers.fixedpoint._heads import spare
 from difflayers.fixedpoint._splitting import (
     Blocks,
     ForwardBackward,
@@ -119,7 +120,9 @@ class MonotoneDEQ(_Monotone):
 
     def solve(self, x: Tensor, init: Any = None, progress: bool = False) -> Solution:
         """The equilibrium with status and statistics, its value on the graph; with a bar if ``progress``."""
-        offset = self.injection(x)
+        batch = x.shape[:-1]
+        offset = spare(self.injection, (x.reshape(batch.numel(), x.shape[-1]),))
+        offset = offset.reshape(*batch, offset.shape[-1])
         problem = MonotoneProblem(batch_dims=offset.dim() - 1)
         init = torch.zeros_like(offset) if init is None else init
         return self._function(problem)(self.weight, offset, init=init, progress=progress)
@@ -173,7 +176,7 @@ class MonotoneConvDEQ(_Monotone):
         if min(x.shape[-2:]) < size:
             raise ProblemError(f"images are {x.shape[-2]} × {x.shape[-1]}, smaller than the kernel of {size} × {size}")
         batch = x.shape[:-3]
-        offset = self.injection(x.reshape(batch.numel(), *x.shape[-3:]))
+        offset = spare(self.injection, (x.reshape(batch.numel(), *x.shape[-3:]),))
         offset = offset.reshape(*batch, *offset.shape[-3:])
         problem = ConvolutionProblem(batch_dims=len(batch), margin=self.margin)
         init = torch.zeros_like(offset) if init is None else init

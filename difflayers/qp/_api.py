@@ -134,7 +134,7 @@ def _solved(
     known = None
     if not in_functorch():
         known = data.map(lambda block: block.detach().double())
-        check_objective(known)
+        check_objective(known, data.q.dtype)
     chosen = resolve(solver, available_solvers("qp"))
     first = chosen.choices(known)[0] if known is not None and isinstance(chosen, QPSolver) else chosen
     start = _start(data, samples, init)
@@ -146,7 +146,7 @@ def _solved(
     with without_autocast(start.device):
         found = (adjoint or ImplicitAdjoint()).apply(problem, chosen, params, start, on_failure)
     x, y, v, low, high = data.layout.split(found.value)
-    box = torch.zeros_like(x)
+    box = 0 * x.detach()  # NaN where there is no answer
     box = box if data.lb is None else box - torch.relu(low)
     box = box if data.ub is None else box + torch.relu(high)
     return QPSolution(x, found.status, found.stats, None, y, torch.relu(v), box, first, found.value.detach())

@@ -78,8 +78,8 @@ def batch_shape(blocks: Mapping[str, Tensor]) -> torch.Size:
         raise ProblemError(f"the batch dimensions don't broadcast: {listed}") from error
 
 
-def check_objective(data: Data) -> None:
-    """Raise unless every finite ``P`` is symmetric and positive semidefinite.
+def check_objective(data: Data, given: torch.dtype) -> None:
+    """Raise unless every finite ``P`` is symmetric and positive semidefinite, to rounding in the ``given`` dtype.
 
     Raises:
         ProblemError: naming the sample, and the eigenvalue if there is a negative one.
@@ -88,7 +88,7 @@ def check_objective(data: Data) -> None:
     if P is None or P.numel() == 0:
         return
     if isinstance(P, Sparse):
-        return _check_sparse_objective(P)
+        return _check_sparse_objective(P, given)
     # The largest entries: of P - Pᵀ, which has each with both signs, and of P, if it is semidefinite.
     skew, size = (P - P.mT).amax((-2, -1)), P.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
     if bool((skew > 1e-8 * size).any()):
@@ -105,14 +105,19 @@ def check_objective(data: Data) -> None:
         return
     least = torch.linalg.eigvalsh(P[doubtful] if P.dim() > 2 else P[None])[:, 0]
     scale = size[doubtful] if P.dim() > 2 else size[None]
-    if bool((least < -1e-9 * scale).any()):
+    if bool((least < -_rounding(P.shape[-1], given) * scale).any()):
         raise ProblemError(
             f"P isn't positive semidefinite{_sample(doubtful)}: it has the eigenvalue {float(least.min()):.3g}, so the "
             "problem isn't convex; add a multiple of the identity, or use minimize() for a local minimum"
         )
 
 
-def _check_sparse_objective(P: Sparse) -> None:
+def _rounding(n: int, dtype: torch.dtype) -> float:
+    """How negative eigenvalues of a semidefinite ``P`` may be, beside its largest entry."""
+    return max(1e-9, n * torch.finfo(dtype).eps)
+
+
+def _check_sparse_objective(P: Sparse, given: torch.dtype) -> None:
     samples = P.values.shape[0] if P.values.dim() > 1 else 1
     for i, matrix in enumerate(P.csr(samples)):
         where = f" in sample {i}" if P.values.dim() > 1 else ""
@@ -125,7 +130,7 @@ def _check_sparse_objective(P: Sparse) -> None:
                 f"P isn't symmetric{where}: it differs from its transpose by {skew:.1e}; pass (P + P.T) / 2, which has "
                 "the same objective, or both triangles if you passed one"
             )
-        if negative_curvature(matrix, 1e-9 * size):
+        if negative_curvature(matrix, _rounding(matrix.shape[0], given) * size):
             raise ProblemError(
                 f"P isn't positive semidefinite{where}: it has the eigenvalue {least_eigenvalue(matrix):.3g}, so the "
                 "problem isn't convex; add a multiple of the identity, or use minimize() for a local minimum"

@@ -143,7 +143,7 @@ def _solved(
     known = None
     if not in_functorch():
         known = data.map(lambda block: block.detach().double())
-        check_objective(known)
+        check_objective(known, data.q.dtype)
     start = _start(data, samples, init)
     patterns = {name: block.pattern for name, block in blocks.items() if isinstance(block, Sparse)}
     params = tuple(block.values if isinstance(block, Sparse) else block for block in blocks.values())
@@ -207,7 +207,7 @@ def _as_qp(
         blocks["P"], blocks["q"], *inequalities, *equations,
         solver=solver, adjoint=adjoint, init=None if init is None else init.point, on_failure=on_failure,
     )  # fmt: skip
-    x, y, s = found.x, found.y, torch.zeros_like(found.y)
+    x, y, s = found.x, found.y, 0 * found.y.detach()  # NaN where there is no answer
     if cones.nonnegative:
         slack = d[..., cones.zero :] - _product(inequalities[0], x)
         y = torch.cat([y, found.z], dim=-1)

@@ -67,6 +67,8 @@ class OptimalityJacobian(LinearOperator):
     def inverse(self) -> LinearOperator:  # type: ignore[override]
         """The inverse, factored on first use; least squares where there is none."""
         data = self.data.flattened(self.like.shape[: self.batch_dims])
+        if data.q.dtype != torch.float64:  # a copy would forget what was factored before
+            data = data.map(torch.Tensor.double)
         active = torch.cat(self._active[2:], dim=-1).reshape(self.samples, self.layout.inequalities) > 0
         return Inverse(reduced(data, active), self.like, self.batch_dims)
 

@@ -1,0 +1,80 @@
+"""What property tests found once."""
+
+import numpy as np
+import pytest
+import torch
+
+from difflayers import CallableSolver, ImplicitAdjoint, ImplicitFunction, RootProblem, Status
+from difflayers.fixedpoint import MonotoneConvDEQ, MonotoneDEQ, least_squares
+from difflayers.qp import Cones, InteriorPoint, solve_cone, solve_qp
+
+
+def test_gradients_of_least_squares_without_samples():
+    a = torch.ones(2, requires_grad=True)
+    for fn in (lambda z, a: torch.cat([z, a * z], -1), lambda z, a: [z, (a * z).sum(-1)]):
+        least_squares(fn, torch.zeros(0, 2), (a,), batch_dims=1).value.sum().backward()
+    assert not a.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_root_at_infinity_is_none(dtype):
+    """1/z vanishes where z overflows, in the dtype of the unknown."""
+    far = CallableSolver(lambda residual, z: np.full_like(z, np.inf if dtype == torch.float64 else 1e39))
+    function = ImplicitFunction(RootProblem(lambda z: 1 / z), far, ImplicitAdjoint(), on_failure="ignore")
+    solution = function.solve(init=torch.ones(1, dtype=dtype))
+    assert solution.status == Status.NONFINITE
+    assert solution.value.isnan().all()
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(MonotoneDEQ(3, 4), (3,)), (MonotoneConvDEQ(2, 3), (2, 4, 5))], ids=str)
+def test_a_sick_input_leaves_the_weights_of_an_injection_alone(layer, shape):
+    layer.on_failure = "ignore"
+    layer.to(torch.float64)
+    x = torch.randn(3, *shape)
+    broken = x.clone()
+    broken[1].reshape(-1)[0] = torch.nan
+    gradients = []
+    for batch in (broken, x[[0, 2]]):
+        solution = layer.solve(batch)
+        gradients.append(torch.autograd.grad(solution.value[solution.ok].square().sum(), list(layer.parameters())))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_semidefinite_matrix_in_single_precision():
+    """Its eigenvalues are as negative as rounding makes them; the derivative is that of the double one."""
+    torch.manual_seed(3)
+    roots = torch.randn(50, 5, 2)
+    P, q = roots @ roots.mT, torch.randn(50, 5)
+    assert (torch.linalg.eigvalsh(P.float().double())[:, 0] < -1e-9 * P.amax((1, 2))).any()
+    bound = torch.ones(5)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = q.to(dtype).requires_grad_()
+        x = solve_qp(P.float().to(dtype) + (dtype == torch.float64) * 1e-6 * torch.eye(5).to(dtype), leaf,
+                     lb=-bound.to(dtype), ub=bound.to(dtype), on_failure="ignore")  # fmt: skip
+        assert (x.status == Status.SUCCESS).all()
+        x.x.sum().backward()
+        assert leaf.grad.isfinite().all()
+        found.append(x.x.detach().double())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_in_single_precision_of_a_batch_that_was_not_verified_at_once():
+    """The system of the adjoint is then factored again."""
+    q = torch.tensor([[-3.0, -3.0], [torch.nan, 1.0]], dtype=torch.float32, requires_grad=True)
+    P, G = torch.ones(2, 2, dtype=torch.float32), torch.tensor([[1.0, 0.5], [1.0, 0.5]], dtype=torch.float32)
+    for solver in ("auto", InteriorPoint()):
+        x = solve_qp(P, q, G, torch.ones(2, dtype=torch.float32), solver=solver, on_failure="ignore").x
+        (gradient,) = torch.autograd.grad(x[0].sum(), q)
+        assert gradient.dtype == torch.float32
+        assert gradient.isfinite().all()
+
+
+def test_no_answer_is_nan_everywhere():
+    eye = torch.eye(2)
+    found = solve_qp(eye, torch.tensor([[1.0, 1.0], [torch.nan, 1.0]]), on_failure="ignore")
+    assert found.z_box[1].isnan().all()
+    assert not found.z_box[0].any()
+    cone = solve_cone(eye, torch.tensor([torch.nan, 1.0]), eye, torch.ones(2), Cones(zero=2), on_failure="ignore")
+    assert cone.s.isnan().all()
