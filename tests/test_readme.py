@@ -11,6 +11,8 @@ DOCS = ROOT / "docs"
 GENERATED = {"_build", "auto_examples"}
 GUIDES = {f"docs/fixedpoint/{name}.rst" for name in ("roots", "fixed_points", "minimize", "deq", "choosing")}
 GUIDES |= {f"docs/qp/{name}.rst" for name in ("index", "solve_qp", "degenerate", "choosing")} | {"docs/monitoring.rst"}
+GUIDES |= {f"docs/{name}.rst" for name in ("choosing", "mathematics", "troubleshooting")}
+GUIDES |= {f"docs/quickstart/{name}.rst" for name in ("layers", "solvers")}
 WITH_EXAMPLES = {"README.md", "docs/index.rst", "docs/gradients.rst", "docs/extending.rst"} | GUIDES
 PAGES = {
     path.relative_to(ROOT).as_posix()
