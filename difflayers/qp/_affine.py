@@ -64,12 +64,20 @@ class Block:
         return zeros.index_add(-1, self.rows.to(device), terms) + constant
 
     @cached_property
+    def _fixed(self) -> Tensor | None:
+        """The dense matrix, if no parameter is in it and it is small."""
+        rows, columns = self.pattern.shape
+        return None if len(self.rows) or rows * columns > DENSE else Sparse.on(self.pattern, self.constant).dense()
+
+    @cached_property
     def _one_each(self) -> bool:
         count = len(self.constant)
         return len(self.rows) == count and bool((self.rows == torch.arange(count)).all())
 
     def vector(self, theta: Tensor) -> Tensor:
         """As a vector, zero where there is no entry."""
+        if self._fixed is not None:
+            return self._fixed.to(theta).squeeze(-1)
         values, size = self.values(theta), self.pattern.shape[0]
         if values.shape[-1] == size:
             return values
@@ -78,6 +86,8 @@ class Block:
 
     def matrix(self, theta: Tensor) -> Tensor | Sparse:
         """As a matrix, dense if it is small."""
+        if self._fixed is not None:
+            return self._fixed.to(theta)
         values = self.values(theta)
         pattern = self.pattern
         if values.device.type != "cpu":
