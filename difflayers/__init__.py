@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from difflayers._solution import Solution, Status
     from difflayers._solver import CallableSolver, HostResidual, HostResult, HostSolver, IterativeSolver, Solver
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOMES = {
     "_adjoint": ("Adjoint", "ImplicitAdjoint", "UnrolledAdjoint"),
