@@ -95,7 +95,7 @@ class CheckpointedAdjoint(Adjoint):
         closes_over = _looks_ahead(call, params)
         if self.check is not None and (closes_over or not isinstance(solver, AdaptiveSolver)):
             raise ProblemError("check= is for equations without events, and fn with all that it needs as arguments")
-        if not wanted and not in_functorch() and torch.autograd.forward_ad._current_level < 0:
+        if not (wanted or closes_over or in_functorch()) and torch.autograd.forward_ad._current_level < 0:
             with torch.no_grad():
                 return call.run(params)
         value, status, *stats = _solve(call, *params)
