@@ -19,7 +19,7 @@ def every(**changes):
     solvers = []
     for kind in dict.fromkeys(ode.SOLVERS.values()):
         fields = kind.__dataclass_fields__
-        limits = {"max_evaluations": 2000, "max_steps": 1000, "step_size": 0.02} | changes
+        limits = {"max_evaluations": 2000, "max_steps": 2000, "step_size": 0.02} | changes
         options = {name: value for name, value in limits.items() if name in fields}
         if "method" in fields:
             options.pop("step_size", None)
