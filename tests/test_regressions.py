@@ -6,6 +6,7 @@ import torch
 
 from difflayers import CallableSolver, ImplicitAdjoint, ImplicitFunction, RootProblem, Status
 from difflayers.fixedpoint import MonotoneConvDEQ, MonotoneDEQ, least_squares
+from difflayers.ode import odeint
 from difflayers.qp import Cones, InteriorPoint, solve_cone, solve_qp
 
 
@@ -78,3 +79,15 @@ def test_no_answer_is_nan_everywhere():
     assert not found.z_box[0].any()
     cone = solve_cone(eye, torch.tensor([torch.nan, 1.0]), eye, torch.ones(2), Cones(zero=2), on_failure="ignore")
     assert cone.s.isnan().all()
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "rodas"])
+def test_a_huge_sample_does_not_loosen_the_tolerance_of_those_it_steps_with(solver):
+    def grow(t, y):
+        return 2.5 * y * (1 - y)
+
+    y0, t = torch.tensor([[2e-3], [1e30]], dtype=torch.float32), torch.tensor([0.0, 2.0])
+    solution = odeint(grow, y0, t, batch_dims=1, solver=solver, on_failure="ignore")
+    grown = 2e-3 * np.exp(5) / (1 + 2e-3 * (np.exp(5) - 1))
+    assert solution.status.tolist() == [Status.SUCCESS, Status.NONFINITE]
+    assert abs(solution.ys[-1, 0].item() - grown) < 1e-4

@@ -24,7 +24,7 @@ class SemiController(Controller):
     def __init__(self, numbers: int, solver: OneStepSolver, y: Tensor, rows: torch.Size) -> None:
         super().__init__(solver, y, rows)
         scale = torch.full_like(y, torch.inf).reshape(-1)
-        scale[:numbers] = self._atol
+        scale[:numbers] = self._atol.expand(y.numel())[:numbers]
         self._atol, self._root = scale, math.sqrt(max(numbers, 1))
 
 

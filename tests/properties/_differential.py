@@ -129,12 +129,7 @@ def check(case: Flow) -> Counter:
     y0, t, k = case.data()
     field, options = Field(case), {"batch_dims": 1, "solver": case.chosen(), "on_failure": "ignore"}
     if case.flaw:
-        wrong = [
-            (y0, t.flip(-1) * torch.tensor([1.0, -1.0, 2.0])[: t.shape[-1]].to(t)),
-            (y0.int(), t),
-            (y0, t[..., :0]),
-        ]
-        y0, t = wrong[1 + case.seed % 2]
+        y0, t = [(y0.int(), t), (y0, t[..., :0])][case.seed % 2]
         return refused(lambda: odeint(field, y0, t, (k,), **options))
     if case.numpy:
         with torch.no_grad():
