@@ -134,14 +134,15 @@ class Reduced:
         self._pseudoinverse = self._pseudo(padding[self.degenerate]) if bool(self.degenerate.any()) else None
 
     def _curved_by_rows(self) -> tuple[Tensor, Tensor]:
-        """``P + σCᵀC`` factored: the same solutions, wherever they are unique."""
+        """``P + σCᵀC`` factored: the same solutions, wherever they are unique; ``σ = 0`` where ``P`` is definite."""
         P = self.data.P
         gram = self.rows.mT @ self.rows
         if P is None:
             P = torch.zeros_like(gram)
         size, own = (m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (gram, P))
         ratio = own / torch.where(size > 0, size, 1)
-        self._sigma = torch.where(ratio > 0, ratio, 1)[:, None]
+        own_curvature = self.data.curvature[1] if self.data.curvature else torch.zeros_like(ratio, dtype=torch.bool)
+        self._sigma = torch.where(own_curvature, 0, torch.where(ratio > 0, ratio, 1))[:, None]
         return cholesky(P + self._sigma[..., None] * gram)
 
     def _solve(self, first: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ class Scaling:
 
     Attributes:
         data: the scaled problem.
-        severe: whether some size was far from one.
+        severe: in which samples some size was far from one.
     """
 
     def __init__(self, data: Data, samples: int) -> None:
@@ -46,7 +46,7 @@ class Scaling:
             b=None if data.b is None else data.b / A,
         )
         every = torch.cat([self._objective, self._rows, self._equations, self._columns], dim=-1)
-        self.severe = bool((every.log().abs() > torch.tensor(_MODERATE).log()).any())
+        self.severe = (every.log().abs() > torch.tensor(_MODERATE).log()).any(-1)
 
     def point(self, u: Tensor) -> Tensor:
         """The ``x`` of the original problem."""

@@ -151,13 +151,12 @@ class Work:
         """Ask the first backend again where bad scaling may have misled it, then the others, about what is open."""
         self.whole = None
         left = self._open(going)
-        if bool(self.unclear.any()) or Scaling(self._part(left), int(left.sum())).severe:
-            # In these units a small residual says little.
-            self.status[left & (self.status == int(Status.SUCCESS))] = int(Status.STALLED)
-        else:
-            backends = backends[1:]
-        for backend in backends:
-            left = self._open(going)
+        odd = left & self.unclear
+        odd[left] |= Scaling(self._part(left), int(left.sum())).severe
+        # In these units a small residual says little.
+        self.status[odd & (self.status == int(Status.SUCCESS))] = int(Status.STALLED)
+        for asked, backend in enumerate(backends):
+            left = self._open(going) & (odd | (asked > 0))
             if bool(left.any()):
                 self._adopt(left, backend)
         self._measure()

@@ -103,7 +103,7 @@ def test_scaling_is_the_same_problem(sparse):
     blocks = Data(P, units, G * units, torch.ones(7), A, torch.ones(2), -bound, bound)
     data = blocks.all_sparse() if sparse else blocks
     scaling = Scaling(data, 1)
-    assert scaling.severe
+    assert scaling.severe.all()
     x, y, z = (torch.rand(1, size, generator=rng) for size in (n, 2, 7 + 2 * n))
     back = scaling.point(x), *scaling.multipliers(y, z)
     slack = scaling.data.limits - scaling.data.products(x)
