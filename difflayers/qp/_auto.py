@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from difflayers.qp._clarabel import Clarabel
 from difflayers.qp._daqp import DAQP
 from difflayers.qp._data import Data, Layout
@@ -42,6 +44,14 @@ class Auto(QPSolver):
         if data.q.device.type != "cpu":
             return (InteriorPoint(), *others)
         return (DAQP(), *others) if self._is_small(data.layout) and _is_curved(data) else others
+
+    def apart(self, data: Data) -> Tensor | None:
+        # By sample: one without curvature, or without an answer, mustn't choose for the others.
+        if data.sparse or data.curvature is None or data.curvature[1].dim() == 0:
+            return None
+        curved = data.curvature[1]
+        mixed = bool(curved.any()) and not bool(curved.all())
+        return curved if mixed and data.layout.inequalities and self._is_small(data.layout) else None
 
     def answers(self, data: Data, count: int) -> Answers:
         return self.choices(data)[0].answers(data, count)

@@ -25,6 +25,9 @@ from difflayers.qp._sparse_reduced import reduced
 _TOUCHING = 1e-11  # the slack of a row that passes through the solution, beside its limit
 
 
+_RESULTS = ("x", "y", "z", "active", "status", "steps", "degenerate", "exact", "proofs")  # of a Work, by sample
+
+
 class Answers(NamedTuple):
     """What a backend found, samples first."""
 
@@ -63,6 +66,10 @@ class QPSolver(Solver):
         """Whose answers are asked for, in this order: each gets the samples that those before it left open."""
         return (self,)
 
+    def apart(self, data: Data) -> Tensor | None:
+        """Samples for which the choice is another than for the rest, ``(samples,)``, or None."""
+        return None
+
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
         if not isinstance(problem, QPProblem):
             raise TypeError(f"expected a QPProblem, got {type(problem).__name__}")
@@ -93,6 +100,19 @@ class Work:
         self.whole: Polished | None = None  # of all samples, if all were verified at once
 
     def run(self, guess: Tensor | None) -> None:
+        some = self.solver.apart(self.data)
+        if some is None:
+            self._run(guess)
+            return
+        self.slack, self.residual = torch.zeros_like(self.z), self.x.new_zeros(self.samples)
+        self.proofs = self.x.new_zeros(self.samples, sum(self.data.layout.sizes))
+        for part in (some, ~some):
+            work = Work(self.solver, self.data.rows(part), int(part.sum()))
+            work.run(None if guess is None else guess[part])
+            for name in (*_RESULTS, "slack", "residual"):
+                getattr(self, name)[part] = getattr(work, name)
+
+    def _run(self, guess: Tensor | None) -> None:
         finite, consistent = self.data.finite(self.samples), self.data.consistent(self.samples)
         self.status[~consistent] = int(Status.INFEASIBLE)
         self.status[~finite] = int(Status.NONFINITE)
@@ -174,7 +194,7 @@ class Work:
         work.y, work.z = scaling.multipliers(work.y, work.z)
         work.proofs = scaling.proof(work.proofs)
         here = left.index_put((left.clone(),), better)
-        for name in ("x", "y", "z", "active", "status", "steps", "degenerate", "exact", "proofs"):
+        for name in _RESULTS:
             getattr(self, name)[here] = getattr(work, name)[better]
 
     def _open(self, going: Tensor) -> Tensor:

@@ -99,3 +99,16 @@ def test_expanded_blocks_in_forward_mode(fn):
     assert_close(jvp(fn, (q,), (q,))[1], exact @ q, 1e-10)
     assert_close(vmap(jacfwd(fn))(q.expand(3, 2)), exact.expand(3, *exact.shape), 1e-10)
     assert_close(jacfwd(jacfwd(fn))(q), jacrev(jacrev(fn))(q), 1e-8)
+
+
+@pytest.mark.parametrize("sick", ["flat", "nan"])
+def test_a_sample_does_not_choose_the_backend_of_others(sick):
+    # Auto takes another backend, and another factorization, for a P without curvature.
+    P, q, G, h = torch.eye(3).repeat(4, 1, 1), torch.randn(4, 3), torch.randn(4, 5, 3), torch.rand(4, 5)
+    alone = solve_qp(P, q, G, h)
+    P[1] = torch.nan if sick == "nan" else torch.zeros(3, 3)
+    beside = solve_qp(P, q, G, h, on_failure="ignore")
+    healthy = torch.tensor([0, 2, 3])
+    assert beside.status[healthy].tolist() == [0, 0, 0]
+    assert beside.stats["steps"][healthy].equal(alone.stats["steps"][healthy])
+    torch.testing.assert_close(beside.x[healthy], alone.x[healthy], rtol=0, atol=1e-14)
