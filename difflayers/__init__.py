@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from difflayers import errors, fixedpoint, linear, ode, plot
+    from difflayers import errors, fixedpoint, linear, ode, plot, qp
     from difflayers._adjoint import Adjoint, ImplicitAdjoint, UnrolledAdjoint
     from difflayers._areas import available_solvers
     from difflayers._implicit import ImplicitFunction
@@ -34,7 +34,7 @@ _HOMES = {
     "_solver": ("CallableSolver", "HostResidual", "HostResult", "HostSolver", "IterativeSolver", "Solver"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = ("errors", "fixedpoint", "linear", "ode", "plot")
+_MODULES = ("errors", "fixedpoint", "linear", "ode", "plot", "qp")
 
 __all__ = [
     "Adjoint",
@@ -63,6 +63,7 @@ __all__ = [
     "ode",
     "plot",
     "progress",
+    "qp",
 ]
 
 
