@@ -140,8 +140,9 @@ def integrate(
     on_failure: OnFailure,
     checked: set[Any] | None = None,
     mass: Any = None,
+    listed: bool = False,
 ) -> ODESolution:
-    """:func:`odeint`, which remembers in ``checked`` what it needn't check again."""
+    """:func:`odeint`, which remembers in ``checked`` what it needn't check again; ``listed`` times have no dtype."""
     events = events_of(event)
     numpy = uses_numpy(y0, (t, args))
     y0 = to_tensors(y0)
@@ -170,7 +171,7 @@ def integrate(
             found = rule.apply(problem, chosen, params, start.detach(), on_failure)
     solution = _as_given(found if asked is None else _masked(found, asked), state, given)
     if events:
-        dtype = start.dtype if isinstance(t, list | tuple) else given.dtype
+        dtype = start.dtype if listed or isinstance(t, list | tuple) else given.dtype
         solution = _with_events(solution, state, happened, events, not isinstance(event, Sequence), dtype)
     return solution.numpy() if numpy else solution
 

@@ -68,6 +68,7 @@ class ODELayer(nn.Module):
             raise ProblemError(f"fn must be an nn.Module, got {type(fn).__name__}; for a function use odeint()")
         self.fn = fn
         self.register_buffer("t", as_times(t), persistent=False)
+        self._listed = isinstance(t, list | tuple)
         state, (arguments, _) = State.of(torch.zeros(()), 0), Arguments.of(fn, ())
         autocast = Autocast.current(self.t.device)
         anything = InitialValueProblem(fn, state, arguments, autocast, massive=mass is not None)
@@ -89,8 +90,9 @@ class ODELayer(nn.Module):
     def solve(self, y0: Any, *args: Any, progress: bool = False) -> ODESolution:
         """The solution with status and statistics, on the graph; with a bar if ``progress``."""
         call = _outside_dynamo if torch.compiler.is_compiling() else integrate
-        options = (self.batch_dims, self.solver, self.adjoint, self.event, self.on_failure, self._checked, self.mass)
-        return showing(progress, lambda: call(self.fn, y0, self.t, args, *options))
+        options = (self.batch_dims, self.solver, self.adjoint, self.event, self.on_failure)
+        own = (self._checked, self.mass, self._listed)
+        return showing(progress, lambda: call(self.fn, y0, self.t, args, *options, *own))
 
     def extra_repr(self) -> str:
         times, batch = self.t.shape[-1], self.batch_dims

@@ -464,6 +464,14 @@ def test_layer_with_a_learnt_event():
         assert_close(difference, found[0], 1e-3)
 
 
+@pytest.mark.parametrize("times", [[0.0, 20.0], torch.tensor([0.0, 20.0], dtype=torch.float64)], ids=["list", "tensor"])
+def test_layer_gives_times_of_events_in_the_dtype_of_what_was_given(times):
+    layer = ODELayer(Field().float(), times, batch_dims=1, event=Plane().float())
+    found = layer.solve(torch.zeros(2, 2, dtype=torch.float32)).event_t
+    assert found.isfinite().all()
+    assert found.dtype == (torch.float32 if isinstance(times, list) else torch.float64)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
 def test_compiled():
     layer = ODELayer(Field(), [0.0, 20.0], batch_dims=1, event=Plane())
