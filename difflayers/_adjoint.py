@@ -17,6 +17,7 @@ from difflayers._autodiff import (
 )
 from difflayers._monitor import watch
 from difflayers._node import Call, FirstOnly, finite, solved
+from difflayers._options import check_options
 from difflayers._problem import Problem, closure_names
 from difflayers._solution import OnFailure, Solution, check_status, has_answer
 from difflayers._solver import Solver, mask_failed
@@ -25,6 +26,9 @@ from difflayers.errors import ProblemError
 
 class Adjoint(ABC):
     """A rule for the derivatives of a value that was computed out of autograd's sight."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @abstractmethod
     def supports(self, problem: Problem, solver: Solver) -> str | None:
@@ -101,7 +105,7 @@ class UnrolledAdjoint(Adjoint):
                 f"batch and batch_dims=1 instead, or use {_instead(problem)}"
             )
         solution = watch("forward", solver, lambda: solver.solve(problem, params, init))
-        check_status(solution, on_failure)
+        check_status(solution, on_failure, explain=problem.explain(solution))
         if not bool(has_answer(solution.status).all()):
             # Once more, on a tape on which samples without an answer can't poison the others.
             with torch.autograd.graph.saved_tensors_hooks(finite, lambda t: t):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from difflayers._arrays import default_tolerance, sample_norm, widen
+from difflayers._options import check_options
 from difflayers._problem import Form, Problem, Residual
 from difflayers._progress import counted
 from difflayers._run import Run
@@ -34,6 +35,9 @@ class Solver(ABC):
 
     serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point", "minimize", "least_squares"})
     traceable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def supports(self, problem: Problem) -> str | None:
         """Why this solver can't serve, or None."""

@@ -50,6 +50,7 @@ class ScipyRoot(HostSolver):
     serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.method not in _STEP_LIMIT:
             raise UnknownNameError("method", self.method, tuple(_STEP_LIMIT))
 

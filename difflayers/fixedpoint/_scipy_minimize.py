@@ -73,6 +73,7 @@ class ScipyMinimize(HostSolver):
     dense_size: ClassVar[int] = 1000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.method not in _METHODS:
             raise UnknownNameError("method", self.method, tuple(_METHODS))
         if self.method == "COBYQA" and tuple(map(int, version("scipy").split(".")[:2])) < (1, 14):
@@ -174,6 +175,7 @@ class ScipyLeastSquares(HostSolver):
     serves: ClassVar[frozenset[Form]] = frozenset({"root", "fixed_point", "least_squares"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.method not in ("trf", "dogbox", "lm"):
             raise UnknownNameError("method", self.method, ("trf", "dogbox", "lm"))
         if self.loss != "linear":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from difflayers._arrays import default_tolerance
+from difflayers._options import check_options
 from difflayers._solution import Status
 from difflayers.linear._operator import LinearOperator, Property
 
@@ -45,6 +46,9 @@ class LinearSolver(ABC):
 
     exact: ClassVar[bool] = True
     requires: ClassVar[frozenset[Property]] = frozenset()
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def supports(self, properties: frozenset[Property]) -> str | None:
         """Why this solver can't serve an operator with these properties, or None."""

@@ -54,14 +54,6 @@ class BacksolveAdjoint(Adjoint):
     drift: float = 20.0
     max_steps: int = 10_000
 
-    def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ProblemError(f"{name} must be positive, got {value}")
-        if not self.drift > 0:
-            raise ProblemError(f"drift must be positive, got {self.drift}")
-
     def supports(self, problem: Problem, solver: Solver) -> str | None:
         if problem.form == "dae":
             return "the adjoint of an equation with a mass matrix isn't there; use CheckpointedAdjoint()"
@@ -102,7 +94,7 @@ class _Call:
         solution = watch("forward", self.solver, lambda: self.solver.solve(self.problem, params, params[0]))
         self.names[:] = solution.stats
         self.failed = not bool(solution.ok.all())
-        return check_status(solution, self.on_failure)
+        return check_status(solution, self.on_failure, explain=self.problem.explain(solution))
 
     def gradients(
         self, value: Tensor, outputs: Tensor, params: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[int]

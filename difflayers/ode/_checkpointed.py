@@ -68,12 +68,6 @@ class CheckpointedAdjoint(Adjoint):
     stage_parallel: bool | None = None
     check: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.states is not None and self.states < 1:
-            raise ProblemError(f"states must be at least 1, got {self.states}")
-        if self.check is not None and not self.check > 0:
-            raise ProblemError(f"check must be positive, got {self.check}")
-
     def supports(self, problem: Problem, solver: Solver) -> str | None:
         if problem.form not in ("ode", "dae") or not isinstance(solver, OneStepSolver):
             return f"it runs steps of the solvers of difflayers.ode once more, which {type(solver).__name__} isn't"

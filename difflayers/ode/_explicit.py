@@ -20,7 +20,7 @@ from difflayers.ode._compiled import CompiledStages
 from difflayers.ode._dop853 import DOP853
 from difflayers.ode._joint import JointRun
 from difflayers.ode._mesh import Mesh, RowMesh
-from difflayers.ode._problem import Evaluate, InitialValueProblem
+from difflayers.ode._problem import Evaluate, InitialValueProblem, check_tolerances
 from difflayers.ode._replay import moved
 from difflayers.ode._rows import RowRun
 from difflayers.ode._tableaus import BOSH3, DOPRI5, EULER, MIDPOINT, TSIT5, Tableau
@@ -122,10 +122,6 @@ class FixedStepSolver(OneStepSolver):
     compile: bool = False
     adaptive: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        if self.step_size is not None and not self.step_size > 0:
-            raise ProblemError(f"step_size must be positive, got {self.step_size}")
-
     def steps_between(self, length: float) -> int:
         # Without the rounding of a quotient that is meant to be whole.
         return 1 if self.step_size is None else max(1, math.ceil(length / self.step_size * (1 - 1e-12)))
@@ -180,10 +176,10 @@ class AdaptiveSolver(OneStepSolver):
     compile: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.compile and (self.per_sample or not self.explicit):
             raise ProblemError("compile=True is for explicit methods whose samples all step together; leave it False")
-        if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0):
-            raise ProblemError(f"rtol and atol must not be negative, nor both zero; got {self.rtol} and {self.atol}")
+        check_tolerances(self.rtol, self.atol)
 
 
 @dataclass(frozen=True)

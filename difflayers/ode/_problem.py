@@ -12,8 +12,10 @@ from torch import Tensor
 from difflayers._arguments import Arguments, with_parameters
 from difflayers._autodiff import Autocast
 from difflayers._problem import Form, Problem, Residual, matched
+from difflayers._solution import Explain, Solution
 from difflayers.errors import ProblemError
 from difflayers.linear import Property
+from difflayers.ode._failure import explained
 from difflayers.ode._mass import Massive
 from difflayers.ode._state import State
 
@@ -55,6 +57,9 @@ class InitialValueProblem(Problem):
     @property
     def samples(self) -> int:
         return self.state.samples
+
+    def explain(self, solution: Solution) -> Explain:
+        return lambda status, failed: explained(status, solution.stats, failed)
 
     def bind(self, *params: Any) -> Residual:
         raise TypeError("an initial value problem has no residual; its right-hand side is evaluator()")
@@ -165,3 +170,9 @@ def _alike(value: Any, y: Any) -> bool:
     if not type(value) is type(y) is Tensor:
         return False
     return value.shape == y.shape and value.dtype == y.dtype and value.device == y.device
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Raise unless a step can be small enough."""
+    if rtol + atol == 0:
+        raise ProblemError("rtol and atol must not both be zero: no step would be accurate enough")

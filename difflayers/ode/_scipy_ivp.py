@@ -16,9 +16,9 @@ from difflayers._problem import Form, Problem
 from difflayers._progress import Bar, counted, shown
 from difflayers._solution import Solution, Status
 from difflayers._solver import Array, Solver
-from difflayers.errors import ProblemError, UnknownNameError
+from difflayers.errors import UnknownNameError
 from difflayers.ode._host import Field, Outcome, TooManyEvaluations, fields
-from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._problem import InitialValueProblem, check_tolerances
 
 _METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _IMPLICIT = ("Radau", "BDF", "LSODA")
@@ -46,10 +46,10 @@ class ScipyIVP(Solver):
     serves: ClassVar[frozenset[Form]] = frozenset({"ode"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.method not in _METHODS:
             raise UnknownNameError("method", self.method, _METHODS)
-        if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0):
-            raise ProblemError(f"rtol and atol must not be negative, nor both zero; got {self.rtol} and {self.atol}")
+        check_tolerances(self.rtol, self.atol)
 
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
         if not isinstance(problem, InitialValueProblem):

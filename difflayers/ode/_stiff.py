@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 
 from difflayers._problem import Form
-from difflayers.errors import ProblemError
 from difflayers.ode._explicit import AdaptiveSolver
 from difflayers.ode._kvaerno import Esdirk, kvaerno5
 from difflayers.ode._problem import InitialValueProblem
@@ -57,11 +56,6 @@ class Kvaerno5(ImplicitSolver):
     """
 
     newton: float = 0.03
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.newton < 1:
-            raise ProblemError(f"newton must be between 0 and 1, got {self.newton}")
 
     @property
     def tableau(self) -> Esdirk:  # type: ignore[override]

@@ -17,7 +17,7 @@ from difflayers._solver import Solver
 from difflayers.errors import ProblemError, UnknownNameError
 from difflayers.ode._control import tolerances
 from difflayers.ode._host import Field, Outcome, TooManyEvaluations, fields
-from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._problem import InitialValueProblem, check_tolerances
 
 _ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
@@ -52,14 +52,12 @@ class TorchDiffEq(Solver):
     serves: ClassVar[frozenset[Form]] = frozenset({"ode"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.method not in _METHODS:
             raise UnknownNameError("method", self.method, _METHODS)
-        if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0):
-            raise ProblemError(f"rtol and atol must not be negative, nor both zero; got {self.rtol} and {self.atol}")
-        if self.step_size is not None and (self.method not in _FIXED or not self.step_size > 0):
-            raise ProblemError(
-                f"step_size={self.step_size} must be positive, and needs a method of fixed step: {', '.join(_FIXED)}"
-            )
+        check_tolerances(self.rtol, self.atol)
+        if self.step_size is not None and self.method not in _FIXED:
+            raise ProblemError(f"step_size needs a method of fixed step: {', '.join(_FIXED)}; got {self.method!r}")
 
     @property
     def adaptive(self) -> bool:

@@ -51,10 +51,7 @@ class LPGDAdjoint(Adjoint):
     envelope: Literal["lower", "upper", "average"] = "lower"
 
     def __post_init__(self) -> None:
-        if not self.tau > 0:
-            raise ProblemError(f"tau is {self.tau}, but must be positive")
-        if not self.rho >= 0:
-            raise ProblemError(f"rho is {self.rho}, but must not be negative")
+        super().__post_init__()
         if self.envelope not in ENVELOPES:
             raise UnknownNameError("envelope", self.envelope, ENVELOPES)
 

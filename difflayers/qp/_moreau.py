@@ -48,6 +48,7 @@ class Moreau(QPSolver):
     package: ClassVar[str] = "moreau"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.method not in _METHODS:
             raise UnknownNameError("method", self.method, _METHODS)
 

@@ -167,8 +167,5 @@ def test_only_first_derivatives_in_reverse_mode():
 
 
 def test_bad_arguments():
-    for options in ({"rtol": 0.0}, {"atol": -1.0}, {"drift": 0.0}):
-        with pytest.raises(ProblemError, match="positive"):
-            BacksolveAdjoint(**options)
     with pytest.raises(TypeError, match="initial value problem"):
         ODELayer(nn.Linear(2, 2), [0.0, 1.0], solver="scipy", adjoint=ImplicitAdjoint())
