@@ -125,7 +125,7 @@ class ImplicitFunction:
     def _detached(self, posed: _Posed) -> Solution:
         solution = watch("forward", self.solver, lambda: self.solver.solve(posed.problem, posed.tensors, posed.init))
         solution = replace(solution, value=mask_failed(solution.value, solution.status))
-        return check_status(solution, self.on_failure)
+        return check_status(solution, self.on_failure, explain=posed.problem.explain(solution))
 
     def _check_once(self, posed: _Posed) -> None:
         """The checks that cost evaluations, once per shape and training mode."""

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from difflayers._arrays import Packing
 from difflayers._autodiff import Pullback, in_functorch, pull
+from difflayers._solution import Explain, Solution
 from difflayers.errors import ProblemError
 from difflayers.linear import JacobianOperator, LinearOperator, Property
 
@@ -136,6 +137,10 @@ class Problem(ABC):
 
         For first derivatives: ``residual`` is bound to the params, and nothing is differentiated through.
         """
+        return None
+
+    def explain(self, solution: Solution) -> Explain | None:
+        """What to say of samples that failed, where that depends on the problem."""
         return None
 
     def started(self, z: Tensor, value: Tensor) -> Problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from difflayers._autodiff import in_functorch
 from difflayers.errors import ConvergenceWarning, SolverError, UnknownNameError
 
 OnFailure = Literal["raise", "warn", "ignore"]
+Explain = Callable[["Status", Tensor], str]  # what happened to the samples of a mask, and what to try
 
 _LISTED = 8
 
@@ -119,8 +120,8 @@ def restarted(earlier: Solution, fresh: Any) -> Any:
     return pytree.tree_map(merged, earlier.value, fresh)
 
 
-def describe_failures(status: Tensor, what: str) -> str:
-    """One line per kind of failure, naming the samples."""
+def describe_failures(status: Tensor, what: str, explain: Explain | None = None) -> str:
+    """One line per kind of failure, naming the samples; ``explain`` knows better what is behind it."""
     lines = []
     for code in status.unique().tolist():
         if code == Status.SUCCESS:
@@ -128,19 +129,24 @@ def describe_failures(status: Tensor, what: str) -> str:
         samples = [tuple(index) if len(index) != 1 else index[0] for index in (status == code).nonzero().tolist()]
         named = ", ".join(map(str, samples[:_LISTED])) + (", ..." if len(samples) > _LISTED else "")
         who = f"{len(samples)} of {status.numel()} samples ({named})" if status.dim() else "the system"
-        lines.append(f"{what}: {Status(code).name} in {who}: {Status(code).message}")
+        message = explain(Status(code), status == code) if explain else Status(code).message
+        lines.append(f"{what}: {Status(code).name} in {who}: {message}")
     return "\n".join(lines)
 
 
 def check_status(
-    solution: Solution, on_failure: OnFailure, what: str = "solve", error: type[SolverError] = SolverError
+    solution: Solution,
+    on_failure: OnFailure,
+    what: str = "solve",
+    error: type[SolverError] = SolverError,
+    explain: Explain | None = None,
 ) -> Solution:
     """This solution, after raising or warning about failed samples as ``on_failure`` says."""
     if on_failure not in ("raise", "warn", "ignore"):
         raise UnknownNameError("on_failure", str(on_failure), ("raise", "warn", "ignore"))
     if on_failure == "ignore" or bool((torch.as_tensor(solution.status) == Status.SUCCESS).all()):
         return solution
-    message = describe_failures(torch.as_tensor(solution.status), what)
+    message = describe_failures(torch.as_tensor(solution.status), what, explain)
     if on_failure == "raise":
         raise error(message, solution)
     warnings.warn(message, ConvergenceWarning, stacklevel=3)

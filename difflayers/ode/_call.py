@@ -55,4 +55,23 @@ class Call:
         self.failures.append(not bool((solution.status == Status.SUCCESS).all()))
         self.stiff.append(int(solution.stats["stiff"].max()) if solution.stats["stiff"].numel() else 0)
         self.names[:] = solution.stats
-        return check_status(solution, self.on_failure)
+        return check_status(solution, self.on_failure, explain=self.problem.explain(solution))
+
+
+def with_dimension(
+    size: int, in_dims: Sequence[int | None], params: Sequence[Tensor]
+) -> tuple[list[Tensor], tuple[int | None, ...]]:
+    """``(y0, t, *tensors)`` with the dimension that ``vmap`` adds in front, and which of the tensors have it.
+
+    A start has it always, output times where each sample has its own.
+    """
+    start, times, *dims = in_dims
+    y0, t, *tensors = [p if d is None else p.movedim(d, 0) for p, d in zip(params, in_dims, strict=True)]
+    if start is None:
+        y0 = y0.unsqueeze(0).repeat(size, *[1] * y0.dim())
+    shared = params[1].dim() == (1 if times is None else 2)
+    if times is not None and shared:
+        t = t[(slice(None), *[None] * (y0.dim() - 2))].expand(*y0.shape[:-1], -1)
+    elif times is None and not shared:
+        t = t.expand(*y0.shape[:-1], -1)
+    return [y0, t, *tensors], tuple(None if d is None else 0 for d in dims)

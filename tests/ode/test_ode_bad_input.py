@@ -7,11 +7,12 @@ import torch
 from contracts import assert_close
 from torch import nn
 
-from difflayers import Status, ode
-from difflayers.errors import ProblemError
+from difflayers import Status, UnrolledAdjoint, ode
+from difflayers.errors import ProblemError, SolverError
 from difflayers.ode import BacksolveAdjoint, Dopri5, ODELayer, odeint
 
 MOST = 20_000  # evaluations
+RATES = torch.tensor([[2.0], [1.0], [0.1]], dtype=torch.float64)
 
 
 def every(**changes):
@@ -110,6 +111,22 @@ def test_blow_up(solver):
     assert solution.ys[-1].isnan()
     if not is_fixed(solver):
         assert abs(solution.stats["time"] - 1) < 1e-2 or type(solver).__name__ == "TorchDiffEq"
+
+
+@pytest.mark.parametrize("adjoint", [None, UnrolledAdjoint(), BacksolveAdjoint()], ids=repr)
+def test_messages_say_when_and_what_may_be_the_matter(adjoint):
+    solve = lambda fn, **options: odeint(fn, torch.ones(3, 1), [0.0, 2.0], (RATES,), batch_dims=1, adjoint=adjoint,  # noqa: E731
+                                         solver=Dopri5(per_sample=True, **options))  # fmt: skip
+    with pytest.raises(SolverError, match=r"STALLED in 2 of 3 samples \(0, 1\): after t = 0\.5 to 1, .*blow up there"):
+        solve(lambda t, y, rate: rate * y * y)
+    with pytest.raises(SolverError, match=r"MAX_STEPS in 1 of 1 samples .*after t = 0\.\d+, .*stability .* Rodas"):
+        odeint(lambda t, y: -1e6 * (y - torch.cos(t)), torch.ones(1), [0.0, 2.0], solver=Dopri5(max_steps=300))
+    with pytest.raises(SolverError, match=r"MAX_STEPS in 2 of 3 samples \(0, 1\): after t = .*raise max_steps"):
+        solve(lambda t, y, rate: torch.cos(30 * rate * t), max_steps=60)
+    with pytest.raises(
+        SolverError, match=r"NONFINITE in 2 of 3 samples \(0, 1\): after t = 0\.5, .*where fn is defined"
+    ):
+        solve(lambda t, y, rate: torch.where((t > 0.5) & (rate > 0.5), torch.nan, -y))
 
 
 @SOLVERS
