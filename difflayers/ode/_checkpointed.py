@@ -27,7 +27,7 @@ from difflayers._solution import OnFailure, Solution
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.ode._along import along
-from difflayers.ode._call import Call
+from difflayers.ode._call import Call, with_dimension
 from difflayers.ode._explicit import AdaptiveSolver, OneStepSolver
 from difflayers.ode._gradient import first_order, keeps_stages
 from difflayers.ode._gradient_check import check_gradient
@@ -156,18 +156,9 @@ class _Integrate(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], call: Call, *params: Tensor) -> tuple[tuple[Tensor, ...], Any]:
-        _, start, times, *dims = in_dims
-        moved = [p if d is None else p.movedim(d, 0) for p, d in zip(params, in_dims[1:], strict=True)]
-        if start is None:
-            moved[0] = moved[0].unsqueeze(0).repeat(info.batch_size, *[1] * moved[0].dim())
-        shared = params[1].dim() == (1 if times is None else 2)
-        if times is not None and shared:
-            moved[1] = moved[1][(slice(None), *[None] * (moved[0].dim() - 2))].expand(*moved[0].shape[:-1], -1)
-        elif times is None and not shared:
-            moved[1] = moved[1].expand(*moved[0].shape[:-1], -1)
-        in_batch = tuple(None if d is None else 0 for d in dims)
+        widened, in_batch = with_dimension(info.batch_size, in_dims[1:], params)
         problem = call.problem.mapped(info.batch_size, in_batch, info.randomness)
-        output = _solve(replace(call, problem=problem), *moved)
+        output = _solve(replace(call, problem=problem), *widened)
         return output, (0,) * len(output)
 
 

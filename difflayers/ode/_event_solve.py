@@ -15,6 +15,7 @@ from difflayers._autodiff import in_functorch, is_tracked
 from difflayers._monitor import watch
 from difflayers._solution import OnFailure, Solution, Status
 from difflayers._solver import Solver
+from difflayers.ode._call import with_dimension
 from difflayers.ode._checkpointed import CheckpointedAdjoint
 from difflayers.ode._event_record import Keep, Record, Recorded, search
 from difflayers.ode._events import Event, Signals, event_parameters
@@ -164,20 +165,11 @@ class _Search(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], call: _Call, *params: Tensor
     ) -> tuple[tuple[Tensor, ...], Any]:
-        _, start, times, *dims = in_dims
-        moved = [p if d is None else p.movedim(d, 0) for p, d in zip(params, in_dims[1:], strict=True)]
-        if start is None:
-            moved[0] = moved[0].unsqueeze(0).repeat(info.batch_size, *[1] * moved[0].dim())
-        shared = params[1].dim() == (1 if times is None else 2)
-        if times is not None and shared:
-            moved[1] = moved[1][(slice(None), *[None] * (moved[0].dim() - 2))].expand(*moved[0].shape[:-1], -1)
-        elif times is None and not shared:
-            moved[1] = moved[1].expand(*moved[0].shape[:-1], -1)
-        in_batch = tuple(None if d is None else 0 for d in dims)
+        widened, in_batch = with_dimension(info.batch_size, in_dims[1:], params)
         shared_tensors = sum(fixed is None for fixed in call.problem.arguments.fixed)
         problem = call.problem.mapped(info.batch_size, in_batch[:shared_tensors], info.randomness)
         signals = call.signals.mapped(info.batch_size, in_batch, info.randomness)
-        output = _search(replace(call, problem=problem, signals=signals), *moved)
+        output = _search(replace(call, problem=problem, signals=signals), *widened)
         return output, (0,) * len(output)
 
 
