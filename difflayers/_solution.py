@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from difflayers._autodiff import in_functorch
 from difflayers.errors import ConvergenceWarning, SolverError, UnknownNameError
 
 OnFailure = Literal["raise", "warn", "ignore"]
+SolutionT = TypeVar("SolutionT", bound="Solution")
 Explain = Callable[["Status", Tensor], str]  # what happened to the samples of a mask, and what to try
 
 _LISTED = 8
@@ -95,6 +96,16 @@ class Solution:
             status=to_numpy(self.status),
             stats={key: to_numpy(stat) for key, stat in self.stats.items()},
         )
+
+
+def in_shape(solution: SolutionT, batch: torch.Size, *names: str) -> SolutionT:
+    """A solution of samples in one dimension, in the shape of the batch; ``names`` are attributes like ``value``."""
+
+    def shaped(tensor: Tensor) -> Tensor:
+        return tensor.reshape(batch + tensor.shape[1:])
+
+    own = {name: shaped(getattr(solution, name)) for name in ("status", *names)}
+    return replace(solution, stats={key: shaped(stat) for key, stat in solution.stats.items()}, **own)
 
 
 def to_numpy(tree: Any) -> Any:

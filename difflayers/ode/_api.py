@@ -16,7 +16,7 @@ from difflayers._arrays import check_devices, to_tensors, uses_numpy
 from difflayers._autodiff import Autocast, in_functorch, without_autocast
 from difflayers._problem import check_independence
 from difflayers._progress import showing
-from difflayers._solution import OnFailure, Solution, to_numpy
+from difflayers._solution import OnFailure, Solution, in_shape, to_numpy
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.ode._algebraic import check_consistent, mass_rows
@@ -224,12 +224,7 @@ def _as_given(solution: Solution, state: State, times: Tensor) -> ODESolution:
     batch = state.batch
     T = solution.value.shape[-2]
     rows = solution.value.transpose(0, 1)
-    shaped = replace(
-        solution,
-        value=state.unpack(rows, torch.Size((T, *batch))),
-        status=solution.status.reshape(batch),
-        stats={name: stat.reshape(batch) for name, stat in solution.stats.items()},
-    )
+    shaped = replace(in_shape(solution, batch), value=state.unpack(rows, torch.Size((T, *batch))))
     t = times.reshape(batch + times.shape[-1:]) if times.dim() > 1 else times
     return ODESolution(shaped.value, shaped.status, shaped.stats, None, t)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from difflayers._autodiff import in_functorch, is_tracked
 from difflayers._problem import Form, Problem
-from difflayers._solution import Solution
+from difflayers._solution import Solution, in_shape
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.ode._along import along, in_rows
@@ -80,7 +80,7 @@ class OneStepSolver(Solver):
                 return None if found is None else problem.evaluator(found[0])
 
             solution = RowRun(self, evaluate, part, times, y.reshape(-1, y.shape[-1]), mesh).run(slope)
-            return _shaped(solution, y.shape[:-1])
+            return in_shape(solution, y.shape[:-1], "value")
         times = t.detach().to("cpu", torch.float64).tolist()
         mesh.times = times
         tracked = torch.is_grad_enabled() and is_tracked(t)
@@ -96,7 +96,7 @@ class OneStepSolver(Solver):
         if tracked:
             own = [moved(evaluate, times[i], solution.value[:, i], t[i]) for i in range(1, len(times))]
             solution = replace(solution, value=torch.stack([rows, *own], dim=1))
-        return _shaped(solution, y.shape[:-1])
+        return in_shape(solution, y.shape[:-1], "value")
 
     def layout(self, problem: InitialValueProblem) -> torch.Size:
         """The shape in which states of the whole batch go through a step that all make together."""
@@ -208,11 +208,3 @@ class Dopri8(AdaptiveSolver):
     """Order 8 with embedded 5 and 3: Hairer's DOP853; interpolant of order 7, at three evaluations more."""
 
     tableau: ClassVar[Tableau] = DOP853
-
-
-def _shaped(solution: Solution, batch: torch.Size) -> Solution:
-    return Solution(
-        solution.value.reshape(batch + solution.value.shape[1:]),
-        solution.status.reshape(batch),
-        {name: stat.reshape(batch) for name, stat in solution.stats.items()},
-    )

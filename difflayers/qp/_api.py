@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from difflayers._areas import available_solvers, resolve
 from difflayers._arrays import to_tensors, uses_numpy
 from difflayers._autodiff import in_functorch, without_autocast
 from difflayers._progress import showing
-from difflayers._solution import OnFailure, Solution, to_numpy
+from difflayers._solution import OnFailure, Solution, in_shape, to_numpy
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.qp._checks import batch_shape, check_blocks, check_objective
@@ -117,7 +117,7 @@ def solve_qp(
     batch = batch_shape(given)
     flat = {name: flattened(block, batch, 2 if name in MATRICES else 1) for name, block in given.items()}
     solution = showing(progress, lambda: _solved(flat, batch.numel(), solver, adjoint, init, on_failure))
-    shaped = _reshaped(solution, batch)
+    shaped = in_shape(solution, batch, "value", "y", "z", "z_box")
     return shaped.numpy() if numpy else shaped
 
 
@@ -175,19 +175,4 @@ def _start(data: Data, samples: int, init: Any) -> Tensor:
     raise ProblemError(
         f"init is {shape}, but must be a QPSolution of {samples} problems with {size} unknowns, or a point x with "
         f"{data.layout.n} entries"
-    )
-
-
-def _reshaped(solution: QPSolution, batch: torch.Size) -> QPSolution:
-    def shaped(tensor: Tensor) -> Tensor:
-        return tensor.reshape(batch + tensor.shape[1:])
-
-    return replace(
-        solution,
-        value=shaped(solution.value),
-        status=shaped(solution.status),
-        stats={key: shaped(stat) for key, stat in solution.stats.items()},
-        y=shaped(solution.y),
-        z=shaped(solution.z),
-        z_box=shaped(solution.z_box),
     )
