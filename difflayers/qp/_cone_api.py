@@ -14,7 +14,7 @@ from difflayers._areas import resolve
 from difflayers._arrays import to_tensors, uses_numpy
 from difflayers._autodiff import in_functorch, without_autocast
 from difflayers._progress import showing
-from difflayers._solution import OnFailure, Solution, to_numpy
+from difflayers._solution import OnFailure, Solution, in_shape, to_numpy
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.qp._api import QPSolution, solve_qp
@@ -23,9 +23,11 @@ from difflayers.qp._clarabel import Clarabel
 from difflayers.qp._cone_checks import EVENTS, check_cone_blocks
 from difflayers.qp._cone_clarabel import ConeClarabel
 from difflayers.qp._cone_problem import ConeProblem
+from difflayers.qp._cone_scaling import Units, extreme
 from difflayers.qp._cone_scs import SCS
 from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data, Matrix, flattened
+from difflayers.qp._lpgd import LPGDAdjoint
 from difflayers.qp._solver import QPSolver
 from difflayers.qp._sparse import Sparse, as_sparse
 
@@ -125,7 +127,7 @@ def solve_cone(
     batch = batch_shape(given)
     flat = {_NAMES[name]: flattened(block, batch, EVENTS[name]) for name, block in blocks.items() if block is not None}
     solution = showing(progress, lambda: _solved(flat, cones, batch.numel(), chosen, adjoint, init, on_failure))
-    solution = _reshaped(solution, batch)
+    solution = in_shape(solution, batch, "value", "y", "s")
     return solution.numpy() if numpy else solution
 
 
@@ -140,11 +142,16 @@ def _solved(
 ) -> ConeSolution:
     """For one batch dimension."""
     data = Data.of(blocks)
-    known = None
+    known, units = None, None
     if not in_functorch():
         known = data.map(lambda block: block.detach().double())
         check_objective(known, data.q.dtype)
-    start = _start(data, samples, init)
+    if not isinstance(adjoint, LPGDAdjoint):  # whose tau and rho are in units of the caller
+        units = _units(known, data, cones, samples)
+    if units is not None:
+        blocks, known = units.applied(blocks), None
+        data = Data.of(blocks)
+    start = _start(data, units, samples, init)
     patterns = {name: block.pattern for name, block in blocks.items() if isinstance(block, Sparse)}
     params = tuple(block.values if isinstance(block, Sparse) else block for block in blocks.values())
     problem = ConeProblem(cones, tuple(blocks), warm=init is not None, patterns=patterns, known=known)
@@ -155,7 +162,20 @@ def _solved(
         found = (adjoint or ImplicitAdjoint()).apply(problem, serving, params, start, on_failure)
         x, v = found.value.split((data.layout.n, data.layout.m), dim=-1)
         y, s = _parts(v, cones)
-    return ConeSolution(x, found.status, found.stats, None, y, s, chosen, found.value.detach())
+    stats = found.stats
+    if units is not None:
+        x, y, s = (part * unit.to(part) for part, unit in ((x, units.x), (y, units.y), (s, units.s)))
+        stats = {name: units.proof(stat) if name == "certificate" else stat for name, stat in stats.items()}
+    return ConeSolution(x, found.status, stats, None, y, s, chosen, torch.cat([x, y, s], dim=-1).detach())
+
+
+def _units(known: Data | None, data: Data, cones: Cones, samples: int) -> Units | None:
+    """Those of samples whose numbers are far from one, if there are any, or if that can't be seen here."""
+    if samples == 0 or data.layout.n == 0:
+        return None
+    seen = data.map(lambda block: block.detach().double()) if known is None else known
+    needed = extreme(seen, cones, samples)
+    return Units.of(seen, cones, needed) if known is None or bool(needed.any()) else None
 
 
 def _parts(v: Tensor, cones: Cones) -> tuple[Tensor, Tensor]:
@@ -173,17 +193,20 @@ def _for_cones(solver: Solver) -> Solver:
     return solver
 
 
-def _start(data: Data, samples: int, init: Any) -> Tensor:
-    size = data.layout.n + data.layout.m
+def _start(data: Data, units: Units | None, samples: int, init: Any) -> Tensor:
+    n, m = data.layout.n, data.layout.m
     if init is None:
-        return data.q.new_zeros(samples, size)
+        return data.q.new_zeros(samples, n + m)
     point = init.point if isinstance(init, ConeSolution) else None
-    if isinstance(point, Tensor) and point.shape == (samples, size):
-        return point.to(data.q)
-    shape = tuple(point.shape) if isinstance(point, Tensor) else type(init).__name__
-    raise ProblemError(
-        f"init is {shape}, but must be a ConeSolution of {samples} problems with {size} unknowns and multipliers"
-    )
+    if not isinstance(point, Tensor) or point.shape != (samples, n + 2 * m):
+        what = f"of {tuple(point.shape[:-1])} problems" if isinstance(point, Tensor) else type(init).__name__
+        raise ProblemError(
+            f"init is {what}, but must be a ConeSolution of {samples} problems with {n} unknowns and {m} multipliers"
+        )
+    x, y, s = point.to(data.q).split((n, m, m), dim=-1)
+    if units is not None:
+        x, y, s = (part / unit.to(part) for part, unit in ((x, units.x), (y, units.y), (s, units.s)))
+    return torch.cat([x, y - s], dim=-1)
 
 
 def _as_qp(
@@ -225,17 +248,3 @@ def _rows(C: Matrix, rows: slice) -> Matrix:
 
 def _product(G: Matrix, x: Tensor) -> Tensor:
     return G.times(x) if isinstance(G, Sparse) else (G @ x.unsqueeze(-1)).squeeze(-1)
-
-
-def _reshaped(solution: ConeSolution, batch: torch.Size) -> ConeSolution:
-    def shaped(tensor: Tensor) -> Tensor:
-        return tensor.reshape(batch + tensor.shape[1:])
-
-    return replace(
-        solution,
-        value=shaped(solution.value),
-        status=shaped(solution.status),
-        stats={key: shaped(stat) for key, stat in solution.stats.items()},
-        y=shaped(solution.y),
-        s=shaped(solution.s),
-    )

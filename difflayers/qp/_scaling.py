@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -76,14 +77,17 @@ def misleading(data: Data, samples: int) -> Tensor:
     return found
 
 
-def _columns(data: Data, samples: int) -> Tensor:
-    """Units of the unknowns, by Ruiz's equilibration (2001, RAL-TR-2001-034) of ``P`` and the rows; on average one."""
+def _columns(data: Data, samples: int, shared: Callable[[Tensor], Tensor] = lambda sizes: sizes) -> Tensor:
+    """Units of the unknowns, by Ruiz's equilibration (2001, RAL-TR-2001-034) of ``P`` and the rows; on average one.
+
+    ``shared`` makes the sizes of rows those of rows that must have one unit.
+    """
     d, one = data.q.new_ones(samples, data.layout.n), data.q.new_ones(1)
     matrices = [m for m in (data.G, data.A) if m is not None and m.shape[-2]]
     for _ in range(_SWEEPS):
         sizes = torch.zeros_like(d)
         for reached in (_scaled(m, one, d) for m in matrices):
-            rows = _scaled(reached, 1 / _sized(_largest(reached, -1)), one)
+            rows = _scaled(reached, 1 / _sized(shared(_largest(reached, -1))), one)
             sizes = torch.maximum(sizes, _largest(rows, -2))
         if data.P is not None:
             curved = _largest(_scaled(data.P, d, d), -2)
@@ -151,5 +155,5 @@ def _lengths(matrix: Matrix) -> Tensor:
 
 def _sized(size: Tensor) -> Tensor:
     """A power of two near it: rounding would give a singular ``P`` some curvature."""
-    size = torch.where(size > 0, size, 1)
-    return size / torch.frexp(size).mantissa
+    size = torch.where((size > 0) & size.isfinite(), size, 1)
+    return torch.exp2(torch.frexp(size).exponent.to(size))

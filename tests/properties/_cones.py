@@ -311,7 +311,74 @@ VALUES = st.builds(
     st.integers(0, 10**6),
 )  # fmt: skip
 
+
+@dataclass(frozen=True)
+class Scaled:
+    """A program whose objective, right-hand side, unknowns and rows are in other units, by powers of ten."""
+
+    kinds: tuple[str, ...]
+    quadratic: bool
+    objective: int
+    side: int
+    unknowns: int
+    rows: int
+    sick: str
+    seed: int
+
+    def blocks(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Cones]:
+        """The program in plain units, the same in others."""
+        plain = ConeCase(self.kinds, self.quadratic, 3, 3, "float64", 0, "clarabel", self.sick, False, False, self.seed)
+        blocks, other = plain.data(), plain.data()
+        a, b, u, r = (10.0**power for power in (self.objective, self.side, self.unknowns, self.rows))
+        if "P" in blocks:
+            other["P"] *= a * u * u
+        other["q"] *= a * u * (b if "P" in blocks else 1)
+        other["C"] *= r * u
+        other["d"] *= r * b
+        return blocks, other, plain.cones
+
+
+def check_scaled(case: Scaled) -> Counter:
+    blocks, other, cones = case.blocks()
+    solved, gradients = [], []
+    for given in (blocks, other):
+        leaves = {name: block.requires_grad_() for name, block in given.items()}
+        P, q, C, d = (leaves.get(name) for name in ("P", "q", "C", "d"))
+        found = solve_cone(P, q, C, d, cones, on_failure="ignore")
+        solved.append(found)
+        gradients.append(dict(zip(leaves, gradients_of(found.x, found.ok, leaves), strict=True)))
+    one, two = solved
+    expect(one.status.equal(two.status), f"{one.status.tolist()}, but in other units {two.status.tolist()}")
+    x, y = (part.detach()[one.ok] for part in (one.x, two.x))
+    unit = 10.0 ** (case.side - case.unknowns)
+    check_close(y / unit, x, 1e-6, "an answer in other units")
+    for name, gradient in gradients[0].items():
+        back = gradients[1][name] * scale_of(case, name) / unit
+        size = 1 + float(gradient.abs().amax())
+        expect(((back - gradient).abs() <= 1e-5 * size).all(), f"the gradient in {name} is another one in other units")
+    return counted(two.status)
+
+
+def scale_of(case: Scaled, name: str) -> float:
+    """What a block was multiplied by."""
+    quadratic = case.side if case.quadratic else 0
+    powers = {
+        "P": case.objective + 2 * case.unknowns,
+        "q": case.objective + case.unknowns + quadratic,
+        "C": case.rows + case.unknowns,
+        "d": case.rows + case.side,
+    }
+    return 10.0 ** powers[name]
+
+
+DECADES = st.integers(-6, 6)
+SCALES = st.builds(
+    Scaled, st.lists(st.sampled_from(KINDS[2:]), min_size=1, max_size=2, unique=True).map(tuple), st.booleans(),
+    DECADES, DECADES, DECADES, DECADES, st.sampled_from(["none", "nan", "infeasible"]), st.integers(0, 10**6),
+)  # fmt: skip
+
 PROPERTIES = [
+    Property("solve_cone in any units", "cone", Scaled, SCALES, check_scaled),
     Property("solve_cone", "cone", ConeCase, CASES, check),
     Property("CvxpyLayer", "cone", Values, VALUES, check_cvxpy),
 ]

@@ -1,0 +1,118 @@
+"""A cone program in units in which its numbers are about one: the same problem, in which residuals mean something."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from difflayers.qp._cone_factor import constraints
+from difflayers.qp._cones import Cones
+from difflayers.qp._data import Data, Matrix
+from difflayers.qp._scaling import _columns, _largest, _objective, _scaled, _sized
+from difflayers.qp._sparse import Sparse
+
+# Within this factor of one nothing needs scaling.
+MODERATE = 100.0
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Powers of two, so that it is the same problem to the last bit; each ``(samples, ...)``.
+
+    The program is that of ``u`` with ``x = bDu``: of ``aDPD``, ``aDq/b``, ``ECD``, ``Ed/b`` and the same cones.
+
+    Attributes:
+        columns: ``D``, of the unknowns.
+        rows: ``E``, the same for all rows of a curved cone.
+        size: ``b``, of ``d``.
+        objective: ``a``, one over its size.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    size: Tensor
+    objective: Tensor
+
+    @classmethod
+    def of(cls, data: Data, cones: Cones, needed: Tensor) -> Units:
+        """By Ruiz's equilibration, from data off the graph; of samples that aren't ``needed`` all are one."""
+        samples, needed = len(needed), needed[:, None]
+        C, d = constraints(data)
+        count = torch.tensor([1] * cones.linear + list(cones.sizes), device=d.device)
+        cone = torch.arange(len(count), device=d.device).repeat_interleave(count)
+
+        def shared(sizes: Tensor) -> Tensor:
+            return _mean(sizes, cone)
+
+        D = torch.where(needed, _columns(data, samples, shared), 1)
+        lengths = shared(_largest(_scaled(C, D.new_ones(1), D), -1)).expand(samples, -1)
+        E = torch.where(needed, 1 / _sized(lengths), 1)
+        P, q = None if data.P is None else _scaled(data.P, D, D), data.q * D
+        b = torch.where(needed, _sized(_typical(P, q, E * d)), 1)
+        a = torch.where(needed, 1 / _sized(_objective(replace(data, P=P, q=q / b)))[:, None], 1)
+        return cls(D, E, b, a)
+
+    @property
+    def x(self) -> Tensor:
+        """What ``u`` is multiplied by."""
+        return self.size * self.columns
+
+    @property
+    def s(self) -> Tensor:
+        """What slacks are multiplied by."""
+        return self.size / self.rows
+
+    @property
+    def y(self) -> Tensor:
+        """What multipliers are multiplied by."""
+        return self.size * self.rows / self.objective
+
+    def applied(self, blocks: Mapping[str, Matrix]) -> dict[str, Matrix]:
+        """The program in these units, on the graph of its blocks."""
+        D, E, b, a = (unit.to(blocks["q"]) for unit in (self.columns, self.rows, self.size, self.objective))
+        found = {"q": blocks["q"] * (a * D / b), "G": _scaled(blocks["G"], E, D), "h": blocks["h"] * (E / b)}
+        if "P" in blocks:
+            found["P"] = _scaled(blocks["P"], a * D, D)
+        return {name: found[name] for name in blocks}
+
+    def proof(self, proof: Tensor) -> Tensor:
+        """That of the original program: a ray of ``x``, or multipliers."""
+        return proof * torch.cat([self.columns, self.rows], dim=-1).to(proof)
+
+
+def extreme(data: Data, cones: Cones, samples: int) -> Tensor:
+    """In which samples the objective, ``d``, or a row or column of ``C`` is of a size far from one, ``(samples,)``."""
+    C, d = constraints(data)
+    entries = C if isinstance(C, Sparse) else C.abs()
+    sizes = [_objective(data)[..., None], _level(d), _largest(entries, -2), _largest(entries, -1)]
+    found = torch.zeros(samples, dtype=torch.bool, device=d.device)
+    for size in sizes:
+        found = found | (((size > MODERATE) | (size < 1 / MODERATE)) & (size > 0)).any(-1)
+    return found
+
+
+def _typical(P: Matrix | None, q: Tensor, d: Tensor) -> Tensor:
+    """A size of ``x``: what rows of length one reach, or where those are homogeneous, what the objective asks for."""
+    size = _level(d)
+    if P is None:
+        return size
+    curvature = _largest(P, -1).amax(-1, keepdim=True)
+    asked = torch.where(curvature > 0, q.abs().amax(-1, keepdim=True) / torch.where(curvature > 0, curvature, 1), 0)
+    return torch.where(size > 0, size, asked)
+
+
+def _level(d: Tensor) -> Tensor:
+    """The geometric mean of the entries that aren't zero, ``(..., 1)``."""
+    return _mean(d.abs(), torch.zeros(d.shape[-1], dtype=torch.int64, device=d.device))[..., :1]
+
+
+def _mean(sizes: Tensor, group: Tensor) -> Tensor:
+    """Of every group the geometric mean of what isn't zero, in all its places; zero where nothing is left."""
+    present = sizes > 0
+    empty = sizes.new_zeros(*sizes.shape[:-1], int(group[-1]) + 1)
+    logs = empty.index_add(-1, group, torch.where(present, sizes, 1).log())
+    count = empty.index_add(-1, group, present.to(sizes.dtype))
+    return torch.where(count > 0, (logs / count.clamp_min(1)).exp(), 0)[..., group]
