@@ -1,5 +1,17 @@
-"""Roots ``F(z) = 0``, fixed points ``z = f(z)``, and deep equilibrium layers on them."""
+"""Roots ``F(z) = 0``, fixed points ``z = f(z)``, least values of ``f(z)``, and deep equilibrium layers on them.
 
+The gradient is that of the condition: one linear system in its Jacobian, whatever found the answer.
+
+>>> import torch
+>>> from difflayers.fixedpoint import fixed_point
+>>> a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+>>> z = fixed_point(lambda z, a: (z + a / z) / 2, torch.ones_like(a), (a,)).value  # z = √a
+>>> z.backward()
+>>> round(z.item(), 6), round(a.grad.item(), 6)
+(1.414214, 0.353553)
+"""
+
+from difflayers._solver import Solver
 from difflayers.fixedpoint._api import fixed_point, least_squares, minimize, root
 from difflayers.fixedpoint._broyden import Broyden
 from difflayers.fixedpoint._cells import TransformerCell
@@ -19,7 +31,7 @@ from difflayers.fixedpoint._spectrum import spectral_radius
 from difflayers.fixedpoint._splitting import ForwardBackward, PeacemanRachford
 from difflayers.fixedpoint._trust import Dogleg, LevenbergMarquardt
 
-SOLVERS = {
+SOLVERS: dict[str, type[Solver]] = {
     "anderson": Anderson,
     "broyden": Broyden,
     "dogleg": Dogleg,

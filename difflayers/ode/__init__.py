@@ -23,6 +23,20 @@ from difflayers.ode._scipy_ivp import ScipyIVP
 from difflayers.ode._stiff import Kvaerno5, Rodas
 from difflayers.ode._torchdiffeq import TorchDiffEq
 
+SOLVERS: dict[str, type[Solver]] = {
+    "bosh3": Bosh3,
+    "dopri5": Dopri5,
+    "dopri8": Dopri8,
+    "euler": Euler,
+    "kvaerno5": Kvaerno5,
+    "midpoint": Midpoint,
+    "rk4": RK4,
+    "rodas": Rodas,
+    "scipy": ScipyIVP,
+    "torchdiffeq": TorchDiffEq,
+    "tsit5": Tsit5,
+}
+
 __all__ = [
     "RK4",
     "AdaptiveSolver",
@@ -46,17 +60,3 @@ __all__ = [
     "consistent_initial",
     "odeint",
 ]
-
-SOLVERS: dict[str, type[Solver]] = {
-    "bosh3": Bosh3,
-    "dopri5": Dopri5,
-    "dopri8": Dopri8,
-    "euler": Euler,
-    "kvaerno5": Kvaerno5,
-    "midpoint": Midpoint,
-    "rk4": RK4,
-    "scipy": ScipyIVP,
-    "torchdiffeq": TorchDiffEq,
-    "rodas": Rodas,
-    "tsit5": Tsit5,
-}

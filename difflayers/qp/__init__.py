@@ -1,5 +1,17 @@
-"""Quadratic programs, and layers on them."""
+"""Quadratic programs ``argmin ½xᵀPx + qᵀx``, cone programs, CVXPY problems, and layers on them.
 
+The gradient is that of the optimality conditions: one linear system on the active constraints, whatever found them.
+
+>>> import torch
+>>> from difflayers.qp import solve_qp
+>>> q = torch.tensor([-2.0, 1.0], dtype=torch.float64, requires_grad=True)
+>>> x = solve_qp(torch.eye(2).double(), q, lb=torch.zeros(2).double()).x  # the nearest point to -q that isn't negative
+>>> x.sum().backward()
+>>> x.tolist(), q.grad.tolist()
+([2.0, 0.0], [-1.0, 0.0])
+"""
+
+from difflayers._solver import Solver
 from difflayers.qp import projections
 from difflayers.qp._api import QPSolution, solve_qp
 from difflayers.qp._auto import Auto
@@ -24,7 +36,7 @@ from difflayers.qp._proxqp import ProxQP
 from difflayers.qp._solver import QPSolver
 from difflayers.qp._sparse import Sparse
 
-SOLVERS = {
+SOLVERS: dict[str, type[Solver]] = {
     "auto": Auto,
     "clarabel": Clarabel,
     "daqp": DAQP,
