@@ -111,6 +111,7 @@ class UnrolledAdjoint(Adjoint):
             with torch.autograd.graph.saved_tensors_hooks(finite, lambda t: t):
                 value = solver.solve(problem, [finite(p) for p in params], init).value
             solution = replace(solution, value=mask_failed(value, solution.status))
+        solver.doubt(solution, on_failure)
         return solution
 
 

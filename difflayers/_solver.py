@@ -16,7 +16,7 @@ from difflayers._options import check_options
 from difflayers._problem import Form, Problem, Residual
 from difflayers._progress import counted
 from difflayers._run import Run
-from difflayers._solution import Solution, Status, has_answer
+from difflayers._solution import OnFailure, Solution, Status, has_answer
 from difflayers.linear import LinearOperator
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -49,6 +49,10 @@ class Solver(ABC):
     @abstractmethod
     def solve(self, problem: Problem, params: Sequence[Any], init: Tensor) -> Solution:
         """The solution for ``init`` of shape ``(*batch, *event)``."""
+
+    def doubt(self, solution: Solution, on_failure: OnFailure) -> None:
+        """Warn of what makes a gradient through the steps of a solution doubtful, where it is known."""
+        return
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative accuracy of its answers, to which the linear systems behind derivatives are held too."""

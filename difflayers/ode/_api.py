@@ -37,7 +37,7 @@ class ODESolution(Solution):
     ``stats`` has, for every sample, ``steps`` that were tried, of which ``accepted`` and ``rejected``, ``evaluations``
     of ``fn``, the ``time`` that the solve got to, and how many ``outputs`` lie before it. Our solvers also count the
     accepted steps at the border of their stability, to the nearest ten: where they are most of the steps, the problem
-    is ``stiff``; of explicit methods only ``Dopri5``, ``Tsit5`` and ``Dopri8`` can tell. With events it also has the
+    is ``stiff``; only explicit methods that choose their steps can tell. With events it also has the
     number of the ``event`` that ended a sample, -1 if none did, and whether one was met ``grazing``: so flatly that
     errors within the tolerance decide whether it is met, and derivatives of its time are large or infinite.
 

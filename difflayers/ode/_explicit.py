@@ -12,7 +12,7 @@ from torch import Tensor
 
 from difflayers._autodiff import in_functorch, is_tracked
 from difflayers._problem import Form, Problem
-from difflayers._solution import Solution, in_shape
+from difflayers._solution import OnFailure, Solution, in_shape
 from difflayers._solver import Solver
 from difflayers.errors import ProblemError
 from difflayers.ode._along import along, in_rows
@@ -23,6 +23,7 @@ from difflayers.ode._mesh import Mesh, RowMesh
 from difflayers.ode._problem import Evaluate, InitialValueProblem, check_tolerances
 from difflayers.ode._replay import moved
 from difflayers.ode._rows import RowRun
+from difflayers.ode._stability import doubt_unrolled
 from difflayers.ode._tableaus import BOSH3, DOPRI5, EULER, MIDPOINT, TSIT5, Tableau
 from difflayers.ode._tableaus import RK4 as CLASSICAL
 
@@ -101,6 +102,9 @@ class OneStepSolver(Solver):
     def layout(self, problem: InitialValueProblem) -> torch.Size:
         """The shape in which states of the whole batch go through a step that all make together."""
         return problem.native
+
+    def doubt(self, solution: Solution, on_failure: OnFailure) -> None:
+        doubt_unrolled(solution, on_failure)
 
     def steps_between(self, length: float) -> int:
         """How many equal steps a method of fixed step makes between two output times."""

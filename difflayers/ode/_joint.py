@@ -137,7 +137,7 @@ class JointRun:
             # A dead sample's output is never read.
             self.values.append(y if s == 1 else self.stages.inside(self.t, self.y, h, s))
         if self.tells and self.accepted % EVERY == 0:
-            self.stiff = self.stiff + EVERY * (at_border(self.stages, self.y, y, h, self.rows) & self._still())
+            self.stiff = self.stiff + EVERY * (at_border(self.stages, self.t, self.y, y, h, self.rows) & self._still())
         ended = self._look(h, y)
         self._record(h, tuple(outputs))
         self._leave(ended)

@@ -115,7 +115,8 @@ class RowRun:
             good = tried & (error <= 1)
             step = torch.where(good[:, None], h, 0)
             if self.tells and self.trials % EVERY == 0:
-                self.counts[4, self.rows] += EVERY * (at_border(self.stages, self.y, y, step, self.y.shape) & good)
+                border = at_border(self.stages, self.t, self.y, y, step, self.y.shape)
+                self.counts[4, self.rows] += EVERY * (border & good)
             self._take(good, step, y, torch.where(final, self.end, self.t + h))
             self._count(tried, good)
             h = control.adapted(h, error, good)
