@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from difflayers._problem import Form, Problem, Residual
+from difflayers._problem import Form, Residual
 from difflayers.linear import LinearOperator, Property
+from difflayers.qp._blocks import BlockProblem
 from difflayers.qp._cone_factor import constraints
 from difflayers.qp._cone_jacobian import ConeJacobian
 from difflayers.qp._cones import Cones
-from difflayers.qp._data import MATRICES, Data, times, transposed
-from difflayers.qp._problem import _aligned_shape
+from difflayers.qp._data import Data, times, transposed
 from difflayers.qp._pullback import of_matrix, of_vector
-from difflayers.qp._sparse import Pattern, Sparse
+from difflayers.qp._sparse import Pattern
 
 
 def cone_optimality(w: Tensor, data: Data, cones: Cones, y: Tensor | None = None) -> Tensor:
@@ -50,7 +50,7 @@ class ConeConditions(Residual):
 
 
 @dataclass(frozen=True)
-class ConeProblem(Problem):
+class ConeProblem(BlockProblem):
     """``argmin ½xᵀPx + qᵀx`` subject to ``Cx + s = d``, ``s ∈ K``, as a root of ``cone_optimality``.
 
     The unknown is ``(x, v)``, with ``v`` multiplier minus slack (Busseti, Moursi, Boyd 2019, "Solution refinement at
@@ -76,14 +76,6 @@ class ConeProblem(Problem):
     properties: frozenset[Property] = frozenset()
     form: ClassVar[Form] = "cone"
     advice: ClassVar[str] = "Clarabel() or SCS()"
-    closed: ClassVar[bool] = True
-
-    def data(self, params: Sequence[Tensor]) -> Data:
-        """The parameters by name, with all batch dimensions or with none."""
-        if self.maps:
-            params = [self._aligned(index, param) for index, param in enumerate(params)]
-        blocks = dict(zip(self.blocks, params, strict=True))
-        return Data.of(blocks | {name: Sparse.on(p, blocks[name]) for name, p in self.patterns.items()})
 
     def bind(self, *params: Any) -> ConeConditions:
         return ConeConditions(self.data(params), self)
@@ -105,15 +97,6 @@ class ConeProblem(Problem):
             return [_gradient(self.blocks[i], data, (x, y), (ux, uv)) for i in wanted]
 
         return gradients
-
-    def vmapped(self, in_dims: tuple[int | None, ...], randomness: str) -> Problem:
-        return replace(self, batch_dims=self.batch_dims + 1, maps=(*self.maps, in_dims), known=None)
-
-    def _aligned(self, index: int, param: Tensor) -> Tensor:
-        name = self.blocks[index]
-        event = 2 if name in MATRICES and name not in self.patterns else 1
-        levels = [in_dims[index] for in_dims in self.maps]
-        return param.reshape(_aligned_shape(tuple(param.shape), levels, event, self.batch_dims))
 
 
 def _gradient(name: str, data: Data, w: tuple[Tensor, Tensor], u: tuple[Tensor, Tensor]) -> Tensor:

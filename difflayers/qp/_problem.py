@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from difflayers._problem import Form, Problem, Residual
+from difflayers._problem import Form, Residual
 from difflayers.linear import LinearOperator, Property
-from difflayers.qp._data import MATRICES, Data, Point, times, transposed
+from difflayers.qp._blocks import BlockProblem
+from difflayers.qp._data import Data, Point, times, transposed
 from difflayers.qp._jacobian import OptimalityJacobian
 from difflayers.qp._pullback import gradients
-from difflayers.qp._sparse import Pattern, Sparse
+from difflayers.qp._sparse import Pattern
 
 
 def optimality(point: Point, data: Data) -> Tensor:
@@ -57,7 +58,7 @@ class Conditions(Residual):
 
 
 @dataclass(frozen=True)
-class QPProblem(Problem):
+class QPProblem(BlockProblem):
     """``argmin ½xᵀPx + qᵀx`` subject to ``Gx ≤ h``, ``Ax = b``, ``lb ≤ x ≤ ub``, as a root of ``optimality``.
 
     The unknown is ``(x, y, v, low, high)``: ``y`` are the multipliers of the equations, the other three are, for each
@@ -82,14 +83,6 @@ class QPProblem(Problem):
     properties: frozenset[Property] = frozenset()
     form: ClassVar[Form] = "qp"
     advice: ClassVar[str] = "DAQP(), PIQP() or InteriorPoint()"
-    closed: ClassVar[bool] = True
-
-    def data(self, params: Sequence[Tensor]) -> Data:
-        """The parameters by name, with all batch dimensions or with none."""
-        if self.maps:
-            params = [self._aligned(index, param) for index, param in enumerate(params)]
-        blocks = dict(zip(self.blocks, params, strict=True))
-        return Data.of(blocks | {name: Sparse.on(p, blocks[name]) for name, p in self.patterns.items()})
 
     def bind(self, *params: Any) -> Conditions:
         return Conditions(self.data(params), self)
@@ -102,30 +95,8 @@ class QPProblem(Problem):
         point, layout = data.layout.split(z), data.layout
         return lambda u: gradients(data, point, layout.split(u), names)
 
-    def vmapped(self, in_dims: tuple[int | None, ...], randomness: str) -> Problem:
-        return replace(self, batch_dims=self.batch_dims + 1, maps=(*self.maps, in_dims), known=None)
-
-    def _aligned(self, index: int, param: Tensor) -> Tensor:
-        """The parameter with all batch dimensions or with none, as far as ``vmap`` took some from it."""
-        name = self.blocks[index]
-        event = 2 if name in MATRICES and name not in self.patterns else 1
-        levels = [in_dims[index] for in_dims in self.maps]
-        return param.reshape(_aligned_shape(tuple(param.shape), levels, event, self.batch_dims))
-
 
 def _data_of(residual: Residual) -> Data:
     if not isinstance(residual, Conditions):
         raise TypeError(f"expected the residual that bind() made, got {type(residual).__name__}")
     return residual.data
-
-
-def _aligned_shape(
-    shape: tuple[int, ...], levels: Sequence[int | None], event: int, batch_dims: int
-) -> tuple[int, ...]:
-    if not levels:
-        return shape
-    *inner, mapped = levels
-    rest = _aligned_shape(shape if mapped is None else shape[1:], inner, event, batch_dims - 1)
-    if mapped is None:
-        return rest if len(rest) == event else (1, *rest)
-    return (shape[0], *[1] * (batch_dims - 1 + event - len(rest)), *rest)
