@@ -22,16 +22,18 @@ from difflayers.qp._checks import batch_shape, check_objective
 from difflayers.qp._clarabel import Clarabel
 from difflayers.qp._cone_checks import EVENTS, check_cone_blocks
 from difflayers.qp._cone_clarabel import ConeClarabel
+from difflayers.qp._cone_moreau import ConeMoreau
 from difflayers.qp._cone_problem import ConeProblem
 from difflayers.qp._cone_scaling import Units, extreme
 from difflayers.qp._cone_scs import SCS
 from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data, Matrix, flattened
 from difflayers.qp._lpgd import LPGDAdjoint
+from difflayers.qp._moreau import Moreau
 from difflayers.qp._solver import QPSolver
 from difflayers.qp._sparse import Sparse, as_sparse
 
-CONE_SOLVERS: dict[str, type[Solver]] = {"clarabel": Clarabel, "scs": SCS}
+CONE_SOLVERS: dict[str, type[Solver]] = {"clarabel": Clarabel, "moreau": Moreau, "scs": SCS}
 # The problem knows C and d under the names that a QP has for them.
 _NAMES = {"P": "P", "q": "q", "C": "G", "d": "h"}
 
@@ -88,8 +90,8 @@ def solve_cone(
         C: ``(*batch, m, n)``.
         d: ``(*batch, m)``.
         cones: :class:`Cones`, or a mapping with their names: how the ``m`` rows are divided.
-        solver: a solver object or ``"clarabel"`` or ``"scs"``. Where there are zero and nonnegative cones only, that is
-            a QP: ``"clarabel"`` is then what :func:`solve_qp` chooses, and its solver objects serve too.
+        solver: a solver object or ``"clarabel"``, ``"moreau"`` or ``"scs"``. Where there are zero and nonnegative cones
+            only, that is a QP: ``"clarabel"`` is then what :func:`solve_qp` chooses, and its solver objects serve too.
         adjoint: the derivative rule; None is :class:`~difflayers.ImplicitAdjoint`.
         init: an earlier solution of a similar problem.
         on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``.
@@ -120,7 +122,7 @@ def solve_cone(
     check_cone_blocks(blocks, cones)
     chosen = resolve(solver, CONE_SOLVERS)
     if cones.linear == cones.rows and isinstance(chosen, QPSolver):
-        quadratic: str | Solver = "auto" if isinstance(solver, str) else chosen
+        quadratic: str | Solver = "auto" if solver == "clarabel" else chosen
         solution = showing(progress, lambda: _as_qp(blocks, cones, quadratic, adjoint, init, on_failure))
         return solution.numpy() if numpy else solution
     given = {_NAMES[name]: block for name, block in blocks.items() if block is not None}
@@ -190,6 +192,8 @@ def _for_cones(solver: Solver) -> Solver:
     """The same backend for cones that a QP hasn't."""
     if isinstance(solver, Clarabel):
         return ConeClarabel(solver.tol, solver.max_steps, solver.threads)
+    if isinstance(solver, Moreau):
+        return ConeMoreau(solver.method, solver.tol, solver.max_steps)
     return solver
 
 

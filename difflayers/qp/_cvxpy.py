@@ -47,8 +47,7 @@ class CvxpyLayer(nn.Module):
         parameters: all parameters of the problem, in the order in which their values come.
         variables: what to return: variables, or dual variables of constraints, ``constraint.dual_variables[0]``.
         solver: a solver object, or the name of one; None is Clarabel, or for linear and quadratic programs what
-            :func:`solve_qp` chooses. The backends of cvxpylayers, ``"DIFFCP"``, ``"MOREAU"`` and ``"CUCLARABEL"``, are
-            names of the default too.
+            :func:`solve_qp` chooses. cvxpylayers' ``"DIFFCP"`` and ``"CUCLARABEL"`` are names of the default too.
         gp: whether the problem is a log-log convex program, such as a geometric one.
         solver_args: options of the solver by name, such as ``{"tol": 1e-8}``; a call may have others. The names that
             diffcp and SCS have serve too, and where one has no meaning here, a warning says so.

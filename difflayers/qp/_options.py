@@ -21,12 +21,12 @@ ALIASES = {
 }
 # What they call how they get to an answer, which then isn't ours.
 IGNORED = (
-    "acceleration_interval", "acceleration_lookback", "adaptive_scale", "alpha", "cg_rate", "eps_infeas", "gpu",
-    "log_csv_filename", "mode", "n_jobs_backward", "normalize", "raise_on_error", "rho_x", "scale", "use_indirect",
-    "verbose", "warm_start", "write_data_filename",
+    "acceleration_interval", "acceleration_lookback", "adaptive_scale", "alpha", "cg_rate", "device", "eps_infeas",
+    "gpu", "log_csv_filename", "mode", "n_jobs_backward", "normalize", "raise_on_error", "rho_x", "scale",
+    "use_indirect", "verbose", "warm_start", "write_data_filename",
 )  # fmt: skip
 # Backends of cvxpylayers for which another solver answers.
-REPLACED = {"cuclarabel": "Clarabel, on the CPU", "moreau": "Clarabel"}
+REPLACED = {"cuclarabel": "Clarabel, on the CPU"}
 
 
 def named(solver: str | Solver | None) -> Solver | None:

@@ -305,11 +305,11 @@ def disk():
     return cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.norm(x) <= 1]), [a], [x]
 
 
-@pytest.mark.parametrize("name", ["DIFFCP", cp.CLARABEL, cp.SCS, "MOREAU", cp.CUCLARABEL])
+@pytest.mark.parametrize("name", ["DIFFCP", cp.CLARABEL, cp.SCS, cp.CUCLARABEL])
 def test_backends_of_cvxpylayers_by_their_names(name):
     problem, parameters, variables = disk()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "solver='(MOREAU|CUCLARABEL)': Clarabel")
+        warnings.filterwarnings("ignore", "solver='CUCLARABEL': Clarabel")
         layer = CvxpyLayer(problem, parameters, variables, solver=name)
     contracts.assert_close(layer(numbers(3)), CvxpyLayer(problem, parameters, variables)(numbers(3)), 1e-9)
     assert isinstance(layer.solver, SCS) == (name == cp.SCS)
@@ -328,7 +328,7 @@ def test_options_of_diffcp():
             layer(numbers(3), solver_args=wrong)
     with pytest.raises(ProblemError, match="pass adjoint="):
         layer(numbers(3), solver_args={"mode": "lpgd", "derivative_kwargs": {"tau": 0.1}})
-    with pytest.raises(UnknownNameError, match="Known: clarabel, scs"):
+    with pytest.raises(UnknownNameError, match="Known: clarabel, moreau, scs"):
         CvxpyLayer(*disk(), solver="MPAX")
 
 
