@@ -16,6 +16,8 @@ from difflayers.qp._power import power_cone
 from difflayers.qp.projections._cones import psd, second_order_cone
 
 ROOT2 = 2**0.5
+# Up to how many rows of a second-order cone its eigenvectors are one small matrix.
+FEW = 16
 
 
 class Spectrum:
@@ -47,15 +49,42 @@ class MatrixSpectrum(Spectrum):
         return piece.vector(full).mT
 
 
+class Reflected(Spectrum):
+    """For second-order cones of many rows: a reflection ``I - mmᵀ`` of ``u`` and a rotation of two rows."""
+
+    def __init__(self, values: Tensor, mirror: Tensor, pair: Tensor) -> None:
+        self.values, self._mirror, self._pair = values, mirror, pair
+
+    def turned(self, rows: Tensor, *, back: bool = False) -> Tensor:
+        turned = rows.clone()
+        steps = (self._rotate, self._reflect) if back else (self._reflect, self._rotate)
+        for step in steps:
+            step(turned, back)
+        return turned
+
+    def _reflect(self, rows: Tensor, back: bool) -> None:
+        m, u = self._mirror.unsqueeze(-1), rows[..., 1:, :]
+        u -= m * (m.mT @ u)
+
+    def _rotate(self, rows: Tensor, back: bool) -> None:
+        rows[..., :2, :] = (self._pair.mT if back else self._pair) @ rows[..., :2, :]
+
+
 class Piece(ABC):
-    """Cones of one kind and size; ``index (count, size)`` are their rows."""
+    """Cones of one kind and size; ``index (count, size)`` are their rows, counted from the first curved one."""
 
     def __init__(self, index: Tensor) -> None:
         self.index = index
+        first, flat = int(index[0, 0]), index.flatten()
+        # Rows that follow one another are a view.
+        self._first = first if torch.equal(flat, torch.arange(first, first + len(flat))) else None
 
     def take(self, rows: Tensor, dim: int = -1) -> Tensor:
         """The rows of these cones, with ``dim`` split into two."""
-        picked = rows.index_select(dim, self.index.flatten().to(rows.device))
+        if self._first is None:
+            picked = rows.index_select(dim, self.index.flatten().to(rows.device))
+        else:
+            picked = rows.narrow(dim, self._first, self.index.numel())
         cones: Tensor = picked.unflatten(dim, self.index.shape)
         return cones
 
@@ -77,6 +106,8 @@ class SecondOrder(Piece):
     def spectrum(self, v: Tensor, y: Tensor) -> Spectrum:
         """Eigenvectors ``(1, ±u/‖u‖)/√2`` and ``(0, e)`` for ``e`` orthogonal to ``u``."""
         t, u = v[..., 0], v[..., 1:]
+        if not u.shape[-1]:
+            return Spectrum((t >= 0).to(v).unsqueeze(-1), torch.ones_like(v).unsqueeze(-1))
         size = torch.linalg.vector_norm(u, dim=-1)
         inside, polar = size <= t, size <= -t
         ratio = (t + size) / (2 * torch.where(size > 0, size, 1))
@@ -84,24 +115,23 @@ class SecondOrder(Piece):
         between = ~(inside | polar)
         middle[..., :1] = torch.where(between, 1, middle[..., 0]).unsqueeze(-1)
         middle[..., 1:2] = torch.where(between.unsqueeze(-1), 0, middle[..., 1:2])
-        return Spectrum(middle, _around(u, size))
+        basis = _reflected(middle, u, size)
+        if v.shape[-1] > FEW:
+            return basis
+        eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device).expand(*v.shape, -1)
+        return Spectrum(middle, basis.turned(eye, back=True))
 
 
-def _around(u: Tensor, size: Tensor) -> Tensor:
-    """Orthogonal matrices whose first columns are ``(1, ±u/‖u‖)/√2``, by a Householder reflection."""
-    k = u.shape[-1]
-    vectors = u.new_zeros(*u.shape[:-1], k + 1, k + 1)
-    if k == 0:
-        return vectors + 1
-    first = torch.eye(k, dtype=u.dtype, device=u.device)[0]
-    unit = torch.where((size > 0).unsqueeze(-1), u / torch.where(size > 0, size, 1).unsqueeze(-1), first)
-    mirror = unit + torch.where(unit[..., :1] >= 0, 1, -1) * first
-    mirror = mirror / torch.linalg.vector_norm(mirror, dim=-1, keepdim=True)
-    reflection = torch.eye(k, dtype=u.dtype, device=u.device) - 2 * mirror.unsqueeze(-1) * mirror.unsqueeze(-2)
-    vectors[..., 0, :2] = 1 / ROOT2
-    vectors[..., 1:, 0], vectors[..., 1:, 1] = unit / ROOT2, -unit / ROOT2
-    vectors[..., 1:, 2:] = reflection[..., 1:]
-    return vectors
+def _reflected(values: Tensor, u: Tensor, size: Tensor) -> Reflected:
+    """By a Householder reflection, which takes the first axis to ``∓u/‖u‖``."""
+    unit = u / torch.where(size > 0, size, 1).unsqueeze(-1)
+    first = unit[..., 0] + (size == 0)
+    sign = torch.where(first >= 0, 1, -1).to(u)
+    mirror = torch.cat([(first + sign).unsqueeze(-1), unit[..., 1:]], dim=-1)
+    mirror = mirror * (ROOT2 / torch.linalg.vector_norm(mirror, dim=-1, keepdim=True))
+    ones = torch.ones_like(sign)
+    pair = torch.stack([torch.stack([ones, -sign], dim=-1), torch.stack([ones, sign], dim=-1)], dim=-2)
+    return Reflected(values, mirror, pair / ROOT2)
 
 
 class Semidefinite(Piece):
@@ -184,17 +214,14 @@ def _by_autodiff(piece: Piece, v: Tensor) -> Spectrum:
 
 
 def pieces(
-    start: int,
     second_order: Sequence[int],
     semidefinite: Sequence[int],
     exponential: int,
     power: Sequence[float],
 ) -> tuple[Piece, ...]:
-    """The curved cones, which begin at row ``start``, those of one kind and size together."""
-    found: list[Piece] = []
-    places = _places(start, second_order)
-    found += [SecondOrder(torch.stack(index)) for index in places.values()]
-    start += sum(second_order)
+    """The curved cones, those of one kind and size together."""
+    found: list[Piece] = [SecondOrder(torch.stack(index)) for index in _places(0, second_order).values()]
+    start = sum(second_order)
     triangles = [k * (k + 1) // 2 for k in semidefinite]
     found += [Semidefinite(torch.stack(index), _order(size)) for size, index in _places(start, triangles).items()]
     start += sum(triangles)

@@ -101,29 +101,34 @@ class Cones:
 
         By Moreau's decomposition, ``v + Π_K(-v)`` where a cone isn't its own dual.
         """
-        parts = [v[..., : self.zero], torch.relu(v[..., self.zero : self.linear])]
-        parts += [piece.project(piece.take(v)).flatten(-2) for piece in self._pieces]
-        joined = torch.cat(parts, dim=-1)
-        return joined if self._order is None else joined[..., self._order.to(v.device)]
+        parts, curved = [v[..., : self.zero], torch.relu(v[..., self.zero : self.linear])], v[..., self.linear :]
+        parts += self._ordered([piece.project(piece.take(curved)).flatten(-2) for piece in self._pieces], -1)
+        return torch.cat(parts, dim=-1)
 
     def rotation(self, v: Tensor, y: Tensor) -> Rotation:
         """The derivative of :meth:`project` at ``v (samples, rows)``, where it is ``y``: by eigenvectors of each cone.
 
         Rows of curved cones are then no longer rows but eigenvectors, in the same places.
         """
-        spectra = tuple(piece.spectrum(piece.take(v), piece.take(y)) for piece in self._pieces)
-        positive = (v[:, self.zero : self.linear] > 0).to(v.dtype)
-        parts = [torch.ones_like(v[:, : self.zero]), positive, *[spectrum.values.flatten(-2) for spectrum in spectra]]
-        joined = torch.cat(parts, dim=-1)
-        return Rotation(joined if self._order is None else joined[:, self._order.to(v.device)], spectra)
+        curved, y = v[:, self.linear :], y[:, self.linear :]
+        spectra = tuple(piece.spectrum(piece.take(curved), piece.take(y)) for piece in self._pieces)
+        parts = [torch.ones_like(v[:, : self.zero]), (v[:, self.zero : self.linear] > 0).to(v.dtype)]
+        parts += self._ordered([spectrum.values.flatten(-2) for spectrum in spectra], -1)
+        return Rotation(torch.cat(parts, dim=-1), spectra)
 
     def turned(self, rotation: Rotation, rows: Tensor, *, back: bool = False) -> Tensor:
         """``Qᵀ M`` for ``M (samples, rows, k)``, or ``Q M``; of the linear rows it is ``M`` itself."""
-        parts = [rows[:, : self.linear]]
-        for piece, spectrum in zip(self._pieces, rotation.spectra, strict=True):
-            parts.append(spectrum.turned(piece.take(rows, -2), back=back).flatten(-3, -2))
-        joined = torch.cat(parts, dim=-2)
-        return joined if self._order is None else joined[:, self._order.to(rows.device)]
+        if not rotation.spectra:
+            return rows
+        curved = self.turned_curved(rotation, rows[:, self.linear :], back=back)
+        return torch.cat([rows[:, : self.linear], curved], dim=-2) if self.linear else curved
+
+    def turned_curved(self, rotation: Rotation, rows: Tensor, *, back: bool = False) -> Tensor:
+        """:meth:`turned` of the rows of curved cones alone."""
+        pairs = zip(self._pieces, rotation.spectra, strict=True)
+        parts = [spectrum.turned(piece.take(rows, -2), back=back).flatten(-3, -2) for piece, spectrum in pairs]
+        (joined,) = self._ordered(parts, -2) or [rows]
+        return joined
 
     def widened(self, sizes: Tensor, first: int) -> Tensor:
         """Sizes of rows, after ``first`` others: of the rows of a curved cone, the largest."""
@@ -136,7 +141,7 @@ class Cones:
         rows, columns, values = [linear], [linear], [rotation.values[:, : self.linear]]
         for piece, spectrum in zip(self._pieces, rotation.spectra, strict=True):
             count, size = piece.index.shape
-            index = piece.index.to(linear.device)
+            index = piece.index.to(linear.device) + self.linear
             eye = torch.eye(size, dtype=rotation.values.dtype, device=linear.device).expand(samples, count, size, size)
             block = spectrum.turned(spectrum.values.unsqueeze(-1) * spectrum.turned(eye), back=True)
             rows.append(index.unsqueeze(-1).expand(count, size, size).flatten())
@@ -147,12 +152,19 @@ class Cones:
 
     @cached_property
     def _pieces(self) -> tuple[Piece, ...]:
-        return pieces(self.linear, self.second_order, self.semidefinite, self.exponential, self.power)
+        return pieces(self.second_order, self.semidefinite, self.exponential, self.power)
+
+    def _ordered(self, parts: list[Tensor], dim: int) -> list[Tensor]:
+        """What there is of each piece, in the order of rows, as one tensor if there is any."""
+        if len(parts) < 2:
+            return parts
+        joined = torch.cat(parts, dim=dim)
+        return [joined if self._order is None else joined.index_select(dim, self._order.to(joined.device))]
 
     @cached_property
     def _order(self) -> Tensor | None:
         """Where each row is after cones of one kind and size were put together; None where it was."""
-        index = torch.cat([torch.arange(self.linear), *[piece.index.flatten() for piece in self._pieces]])
+        index = torch.cat([piece.index.flatten() for piece in self._pieces])
         inverse = index.argsort()
         return None if torch.equal(inverse, torch.arange(len(index))) else inverse
 

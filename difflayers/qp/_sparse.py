@@ -128,8 +128,7 @@ class Sparse:
         """``(*batch, rows, columns)``."""
         flat = self.pattern.rows * self.pattern.shape[1] + self.pattern.columns
         full = self.values.new_zeros(*self.values.shape[:-1], self.pattern.shape[0] * self.pattern.shape[1])
-        index = flat.expand(self.values.shape)
-        return full.scatter(-1, index, self.values).reshape(self.shape)
+        return full.index_copy(-1, flat, self.values).reshape(self.shape)
 
     def csr(self, count: int) -> list[Any]:
         """One SciPy matrix per sample, the same one where samples share it."""
