@@ -100,6 +100,8 @@ class Solution:
 
 def in_shape(solution: SolutionT, batch: torch.Size, *names: str) -> SolutionT:
     """A solution of samples in one dimension, in the shape of the batch; ``names`` are attributes like ``value``."""
+    if len(batch) == 1:
+        return solution
 
     def shaped(tensor: Tensor) -> Tensor:
         return tensor.reshape(batch + tensor.shape[1:])

@@ -108,10 +108,11 @@ def solve_qp(
     array([0.6667, 1.3333])
     >>> solution.x[0].backward()
     """
-    blocks = dict(zip(NAMES, (P, q, G, h, A, b, lb, ub), strict=True))
-    numpy = uses_numpy(list(blocks.values()), list(blocks.values()))
-    like = next((block for block in blocks.values() if isinstance(block, Tensor)), None)
-    blocks = {name: as_sparse(to_tensors(block, like), name, like) for name, block in blocks.items()}
+    given_blocks = [P, q, G, h, A, b, lb, ub]
+    numpy = uses_numpy(given_blocks, given_blocks)
+    like = next((block for block in given_blocks if isinstance(block, Tensor)), None)
+    tensors = zip(NAMES, to_tensors(given_blocks, like), strict=True)
+    blocks = {name: as_sparse(block, name, like) for name, block in tensors}
     check_blocks(blocks)
     given = {name: block for name, block in blocks.items() if block is not None}
     batch = batch_shape(given)

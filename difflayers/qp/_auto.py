@@ -43,14 +43,14 @@ class Auto(QPSolver):
         others = (PIQP(), Clarabel())
         if data.q.device.type != "cpu":
             return (InteriorPoint(), *others)
-        return (DAQP(), *others) if self._is_small(data.layout) and _is_curved(data) else others
+        return (DAQP(), *others) if self._is_small(data.layout) and data.curved else others
 
     def apart(self, data: Data) -> Tensor | None:
         # By sample: one without curvature, or without an answer, mustn't choose for the others.
-        if data.sparse or data.curvature is None or data.curvature[1].dim() == 0:
+        if data.curved or data.curvature is None or data.curvature[1].dim() == 0:
             return None
         curved = data.curvature[1]
-        mixed = bool(curved.any()) and not bool(curved.all())
+        mixed = bool(curved.any())
         return curved if mixed and data.layout.inequalities and self._is_small(data.layout) else None
 
     def answers(self, data: Data, count: int) -> Answers:
@@ -59,7 +59,3 @@ class Auto(QPSolver):
     def _is_small(self, layout: Layout) -> bool:
         rows = layout.m + 2 * (layout.low + layout.high)
         return layout.n <= self.unknowns and rows <= self.inequalities
-
-
-def _is_curved(data: Data) -> bool:
-    return data.curvature is not None and bool(data.curvature[1].all())

@@ -71,6 +71,8 @@ def batch_shape(blocks: Mapping[str, Tensor]) -> torch.Size:
         ProblemError: they don't; the message has the shape of each.
     """
     shapes = {name: block.shape[: block.dim() - (2 if name in MATRICES else 1)] for name, block in blocks.items()}
+    if len(different := set(shapes.values())) == 1:
+        return different.pop()
     try:
         return torch.Size(torch.broadcast_shapes(*shapes.values()))
     except RuntimeError as error:
@@ -97,10 +99,9 @@ def check_objective(data: Data, given: torch.dtype) -> None:
             f"P isn't symmetric{_sample(skew > 1e-8 * size)}: it differs from its transpose by {worst:.1e}; "
             "pass (P + P.mT) / 2, which has the same objective"
         )
-    curvature = data.curvature
-    if curvature is None or bool(curvature[1].all()):
+    if data.curved or data.curvature is None:
         return
-    doubtful = ~curvature[1] & P.isfinite().all(-1).all(-1)
+    doubtful = ~data.curvature[1] & P.isfinite().all(-1).all(-1)
     if not bool(doubtful.any()):
         return
     least = torch.linalg.eigvalsh(P[doubtful] if P.dim() > 2 else P[None])[:, 0]

@@ -11,7 +11,7 @@ from difflayers.errors import ProblemError
 from difflayers.linear._direct import lu_factor
 from difflayers.qp._cones import Cones, Rotation
 from difflayers.qp._data import Data, Matrix, times, transposed
-from difflayers.qp._reduced import _positions
+from difflayers.qp._reduced import positions
 
 # Below this share of the largest pivot the system counts as singular.
 SINGULAR = 1e-13
@@ -95,7 +95,8 @@ class Exact(Eliminated):
         # D / (1 - D) of eliminated rows, (1 - D) / D of kept ones: where the other form would divide by zero.
         self.idle = torch.where(self.kept, 0, 1 / torch.where(self.kept, 1, 1 - self.values))
         self.weight = self.values * self.idle
-        self.index, self.mask = _positions(self.kept)
+        self.index, mask = positions(self.kept)
+        self.mask = mask.to(self.values)
         matrix = self._matrix(P)
         rows = matrix.abs().amax(-1)
         self.scale = torch.where(rows > 0, rows, 1).rsqrt()
@@ -152,7 +153,7 @@ class Proximal(Eliminated):
         least = lengths / (HEAVY * torch.where(size > 0, size / n, 1).unsqueeze(-1))
         self.idle = 1 / (1 - self.values + least)
         self.weight = self.values * self.idle
-        index, mask = _positions(self.weight > 0)
+        index, mask = positions(self.weight > 0)
         heavy = self.weight.gather(1, index) * mask
         rows = self.C.gather(1, index[..., None].expand(-1, -1, n))
         matrix = rows.mT @ (heavy[..., None] * rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
@@ -39,18 +39,18 @@ class Layout:
     low: int = 0
     high: int = 0
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, int, int, int, int]:
         return self.n, self.p, self.m, self.low, self.high
 
-    @property
+    @cached_property
     def inequalities(self) -> int:
         """Rows of ``G`` and bounds."""
         return self.m + self.low + self.high
 
     def split(self, packed: Tensor) -> Point:
         """The parts of ``(*batch, n + p + m + low + high)``."""
-        return Point(*packed.split(self.sizes, dim=-1))
+        return Point(*packed.split_with_sizes(self.sizes, dim=-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class Data:
         """In the order of :data:`NAMES`."""
         return tuple(getattr(self, name) for name in NAMES)
 
-    @property
+    @cached_property
     def sparse(self) -> bool:
         """Whether a matrix is."""
         return any(isinstance(block, Sparse) for block in (self.P, self.G, self.A))
@@ -84,7 +84,7 @@ class Data:
     def dense(self) -> Data:
         """The same without sparse matrices."""
         dense = {name: block.dense() for name in MATRICES if isinstance(block := getattr(self, name), Sparse)}
-        return replace(self, **dense)
+        return replace(self, **dense) if dense else self
 
     def all_sparse(self) -> Data:
         """The same without dense matrices; a ``P`` that isn't there is empty."""
@@ -98,7 +98,12 @@ class Data:
         """The Cholesky factor of a dense ``P``, and which samples' is definite by more than rounding."""
         return None if self.P is None or isinstance(self.P, Sparse) else cholesky(self.P)
 
-    @property
+    @cached_property
+    def curved(self) -> bool:
+        """Whether ``P`` is dense, and definite in every sample."""
+        return self.curvature is not None and bool(self.curvature[1].all())
+
+    @cached_property
     def layout(self) -> Layout:
         n = self.q.shape[-1]
         rows = [0 if block is None else block.shape[-1] for block in (self.b, self.h, self.lb, self.ub)]
@@ -119,34 +124,65 @@ class Data:
 
     def products(self, x: Tensor) -> Tensor:
         """``[G; -I; I] x`` for the inequalities that there are."""
-        parts = [] if self.G is None else [times(self.G, x)]
+        return self._with_bounds([] if self.G is None else [times(self.G, x)], x)
+
+    def reached(self, x: Tensor) -> Tensor:
+        """``[A; G; -I; I] x``."""
+        matrices = (self.A, self.G) if self.sparse else (self.matrix,)
+        return self._with_bounds([times(matrix, x) for matrix in matrices if matrix is not None], x)
+
+    def _with_bounds(self, parts: list[Tensor], x: Tensor) -> Tensor:
         parts += [] if self.lb is None else [-x]
         parts += [] if self.ub is None else [x]
+        if len(parts) == 1:
+            return parts[0]
         return torch.cat(parts, dim=-1) if parts else x[..., :0]
 
     def within_bounds(self, x: Tensor, active: Tensor) -> Tensor:
         """``x``, moved to bounds that are active or that it is beyond."""
+        if self.lb is None and self.ub is None:
+            return x
         _, low, high = active.split((self.layout.m, self.layout.low, self.layout.high), dim=-1)
         x = x if self.lb is None else torch.where(low | (x < self.lb), self.lb, x)
         return x if self.ub is None else torch.where(high | (x > self.ub), self.ub, x)
 
     def pulled(self, z: Tensor) -> Tensor:
         """``[G; -I; I]ᵀ z``."""
-        layout = self.layout
-        v, low, high = z.split((layout.m, layout.low, layout.high), dim=-1)
-        total = z.new_zeros(*z.shape[:-1], layout.n) if self.G is None else transposed(self.G, v)
-        total = total if self.lb is None else total - low
-        return total if self.ub is None else total + high
+        return self._pulled([self.G], z)
 
-    @property
+    def drawn(self, w: Tensor) -> Tensor:
+        """``[A; G; -I; I]ᵀ w``."""
+        return self._pulled([self.A, self.G] if self.sparse else [self.matrix], w)
+
+    def _pulled(self, matrices: list[Matrix | None], w: Tensor) -> Tensor:
+        layout, total, start = self.layout, None, 0
+        for matrix in matrices:
+            if matrix is not None:
+                end = start + matrix.shape[-2]
+                part = transposed(matrix, w if end == w.shape[-1] and not start else w[..., start:end])
+                total, start = part if total is None else total + part, end
+        total = w.new_zeros(*w.shape[:-1], layout.n) if total is None else total
+        total = total if self.lb is None else total - w[..., start : start + layout.low]
+        return total if self.ub is None else total + w[..., start + layout.low :]
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """``[A; G]`` of a dense problem."""
+        parts = [matrix for matrix in (self.A, self.G) if matrix is not None]
+        return joined(parts, dim=-2) if parts else self.q.new_zeros(0, self.layout.n)
+
+    @cached_property
     def limits(self) -> Tensor:
         """The right-hand sides of :meth:`products`, infinite where there is no bound."""
         parts = [] if self.h is None else [self.h]
         parts += [] if self.lb is None else [-self.lb]
         parts += [] if self.ub is None else [self.ub]
-        shape = torch.broadcast_shapes(self.q.shape[:-1], *[part.shape[:-1] for part in parts])
-        parts = [part.expand(*shape, -1) for part in parts]
-        return torch.cat(parts, dim=-1) if parts else self.q.new_zeros(*shape, 0)
+        return joined(parts, dim=-1) if parts else self.q.new_zeros(0)
+
+    @cached_property
+    def sides(self) -> Tensor:
+        """The right-hand sides of :meth:`reached`."""
+        return self.limits if self.b is None else joined([self.b, self.limits], dim=-1)
 
     def rows(self, samples: Tensor) -> Data:
         """The data of some samples, by mask or index; what is shared stays shared."""
@@ -185,14 +221,11 @@ class Data:
         parts.append(torch.minimum(z, slack).abs())
         return torch.cat(parts, dim=-1).amax(-1)
 
-    @property
+    @cached_property
     def magnitude(self) -> Tensor:
-        """The largest finite entry of ``q``, ``b`` and ``h``, ``(samples,)`` or shared."""
-        sizes = [b.abs().amax(-1) for b in (self.q, self.b, self.h) if b is not None and b.shape[-1]]
-        total = sizes[0]
-        for size in sizes[1:]:
-            total = torch.maximum(total, size)
-        return total
+        """The largest entry of ``q``, ``b`` and ``h``, ``(samples,)`` or shared."""
+        blocks = [block for block in (self.q, self.b, self.h) if block is not None]
+        return joined(blocks, dim=-1).abs().amax(-1)
 
 
 def flattened(block: Matrix, batch: torch.Size, event: int) -> Matrix:
@@ -202,7 +235,20 @@ def flattened(block: Matrix, batch: torch.Size, event: int) -> Matrix:
     if block.dim() == event:
         return block
     shape = block.shape[block.dim() - event :]
+    if len(batch) == 1 and block.shape == batch + shape:
+        return block
     return block.expand(*batch, *shape).reshape(batch.numel(), *shape)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """One after the other along ``dim``, which is negative; what is shared gets the batch dimensions of the others."""
+    if len(parts) == 1:
+        return parts[0]
+    batches = {part.shape[:dim] for part in parts}
+    if len(batches) > 1:
+        batch = torch.broadcast_shapes(*batches)
+        parts = [part.expand(*batch, *part.shape[dim:]) for part in parts]
+    return torch.cat(parts, dim=dim)  # type: ignore[arg-type]
 
 
 def times(matrix: Tensor | Sparse | None, x: Tensor) -> Tensor:

@@ -14,12 +14,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from difflayers._progress import counted, shown
 from difflayers._solution import Status
 from difflayers.errors import MissingBackendError
-from difflayers.qp._data import MATRICES, NAMES, Data, Layout
+from difflayers.qp._data import MATRICES, NAMES, Data, Layout, joined
 from difflayers.qp._solver import Answers, QPSolver
 from difflayers.qp._sparse import Sparse
 from difflayers.qp._sparse_reduced import constraints, samples_of
@@ -60,32 +59,28 @@ class Samples:
     def two_sided(self) -> tuple[Sequence[Array], Sequence[Array], Sequence[Array]]:
         """``[A; G]``, and what its rows are between, with bounds on ``x`` first where there are any."""
         data, layout = self._data, self.layout
-        free = data.q.new_full((layout.n,), torch.inf)
-        bounded = layout.low or layout.high
-        none = data.q.new_empty(0)
-        low = (-free if data.lb is None else data.lb) if bounded else none
-        high = (free if data.ub is None else data.ub) if bounded else none
-        b = none if data.b is None else data.b
-        h = none if data.h is None else data.h
-        matrices = [block for block in (data.A, data.G) if block is not None]
-        matrix = _joined(matrices, dim=-2) if matrices else data.q.new_zeros(0, layout.n)
-        lower = _joined([low, b, torch.full_like(h, -torch.inf)], dim=-1)
-        upper = _joined([high, b, h], dim=-1)
-        return _listed(matrix, self.count, 2), _listed(lower, self.count, 1), _listed(upper, self.count, 1)
+        lower = upper = data.sides[..., : layout.p + layout.m]
+        if layout.m:
+            lower = joined([lower[..., : layout.p], data.q.new_full((layout.m,), -torch.inf)], dim=-1)
+        if layout.low or layout.high:
+            free = data.q.new_full((layout.n,), torch.inf)
+            lower = joined([-free if data.lb is None else data.lb, lower], dim=-1)
+            upper = joined([free if data.ub is None else data.ub, upper], dim=-1)
+        return _listed(data.matrix, self.count, 2), _listed(lower, self.count, 1), _listed(upper, self.count, 1)
 
     @cached_property
     def one_sided(self) -> tuple[Sequence[Array], Sequence[Array]]:
         """``[A; G; -I; I]`` and the right-hand sides of its rows, infinite where there is no bound."""
         data = self._data
-        limits = data.limits if data.b is None else _joined([data.b, data.limits], dim=-1)
+        sides = _listed(data.sides, self.count, 1)
         if self.sparse:
             every = np.arange(self.layout.inequalities)
             stacked = [constraints(A, G, every, data) for _, A, G in samples_of(data, self.count)]
-            return stacked, _listed(limits, self.count, 1)
+            return stacked, sides
         eye = torch.eye(self.layout.n, dtype=torch.float64, device=data.q.device)
-        sides = (None if data.lb is None else -eye, None if data.ub is None else eye)
-        matrices = [block for block in (data.A, data.G, *sides) if block is not None]
-        return _listed(_joined(matrices, dim=-2), self.count, 2), _listed(limits, self.count, 1)
+        bounds = (None if data.lb is None else -eye, None if data.ub is None else eye)
+        matrices = [data.matrix, *[block for block in bounds if block is not None]]
+        return _listed(joined(matrices, dim=-2), self.count, 2), sides
 
 
 @dataclass
@@ -182,9 +177,3 @@ def _listed(block: Any, count: int, event: int) -> Sequence[Any]:
         return block.csr(count)
     array = np.ascontiguousarray(block.cpu().numpy())
     return list(array) if array.ndim > event else [array] * count
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    event = -dim
-    batch = torch.broadcast_shapes(*[part.shape[: part.dim() - event] for part in parts])
-    return torch.cat([part.expand(*batch, *part.shape[part.dim() - event :]) for part in parts], dim=dim)

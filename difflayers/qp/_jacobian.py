@@ -24,10 +24,19 @@ class OptimalityJacobian(LinearOperator):
     def __init__(self, data: Data, point: Tensor, batch_dims: int) -> None:
         self.like, self.batch_dims, self.properties = point, batch_dims, frozenset()
         self.data, self.layout, self.solver = data, data.layout, ActiveSetSolve()
-        x, y, *multipliers = self.layout.split(point)
-        self._active = Point(x, y, *[(v > 0).to(point.dtype) for v in multipliers])
-        self._low = None if data.lb is None else data.lb.isfinite().to(point.dtype)
-        self._high = None if data.ub is None else data.ub.isfinite().to(point.dtype)
+
+    @cached_property
+    def _active(self) -> Point:
+        x, y, *multipliers = self.layout.split(self.like)
+        return Point(x, y, *[(v > 0).to(self.like.dtype) for v in multipliers])
+
+    @cached_property
+    def _low(self) -> Tensor | None:
+        return None if self.data.lb is None else self.data.lb.isfinite().to(self.like.dtype)
+
+    @cached_property
+    def _high(self) -> Tensor | None:
+        return None if self.data.ub is None else self.data.ub.isfinite().to(self.like.dtype)
 
     def apply(self, x: Tensor) -> Tensor:
         d, on = self.layout.split(x), self._active
@@ -92,20 +101,20 @@ class Inverse(LinearOperator):
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """The solution to rounding, and the norm of what it leaves of ``rhs``, ``(*batch,)``."""
-        layout, system = self.reduced.layout, self.reduced
-        rows = rhs.reshape(self.samples, self.size).to(system.dtype)
-        first, equations, inequalities = rows.split((layout.n, layout.p, layout.inequalities), dim=-1)
+        system, n = self.reduced, self.reduced.layout.n
+        flat = rhs.reshape(self.samples, self.size).to(system.dtype)
+        first, sides = flat[:, :n], flat[:, n:]
         if self._transposes:
             # Idle rows: -u = r, which the first block then knows.
-            idle = torch.where(system.active, 0, inequalities)
-            found = system.solved(first + system.pulled(idle), equations, inequalities)
-            others = -idle
+            idle = torch.where(system.kept, 0, sides)
+            found = system.solved(first + system.data.drawn(idle), sides)
+            w = found.w - idle
         else:
             # Idle rows: C x - v = r, once x is known.
-            found = system.solved(first, equations, inequalities)
-            others = -found.slack
-        x = torch.cat([found.x, found.y, torch.where(system.active, found.z, others)], dim=-1)
-        left = found.left(system.active).norm(dim=-1)
+            found = system.solved(first, sides)
+            w = torch.where(system.kept, found.w, -found.slack)
+        x = torch.cat([found.x, w], dim=-1)
+        left = torch.linalg.vector_norm(found.left, dim=-1)
         return x.to(rhs.dtype).reshape(rhs.shape), left.to(rhs.dtype).reshape(rhs.shape[:-1])
 
 
@@ -121,5 +130,5 @@ class ActiveSetSolve(LinearSolver):
 
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
         x, left = (factor.data.transpose if transpose else factor.data).solve(rhs)
-        status = torch.where(x.sum(-1).isfinite(), int(Status.SUCCESS), int(Status.NONFINITE))
+        status = torch.where(left.isfinite(), int(Status.SUCCESS), int(Status.NONFINITE))
         return LinearSolution(x, status.to(torch.int8), left, torch.ones_like(status))

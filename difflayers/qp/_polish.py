@@ -102,17 +102,16 @@ def _corrected(whole: Data, active: Tensor, x: Tensor, z: Tensor, slack: Tensor,
 
 
 def _on(data: Data, active: Tensor, before: Reduced | None = None) -> Polished:
-    system = reduced(data, active, before)
-    empty = data.q.new_zeros(*active.shape[:1], 0)
-    b = empty if data.b is None else data.b.expand(len(active), -1)
-    limits = data.limits.expand_as(active)
-    solved = system.solved(-data.q.expand(len(active), -1), b, limits)
-    x, y, z, slack = solved.x, solved.y, solved.z, solved.slack
-    violation = solved.violation
-    verified = ~signed_errors(active, limits, x, z, slack).any(-1)
+    system, count, p = reduced(data, active, before), active.shape[0], data.layout.p
+    found = system.solved(-data.q.expand(count, -1), data.sides.expand(count, -1))
+    z, slack = found.w[:, p:], found.slack[:, p:]
+    parts = [found.gradient, found.slack[:, :p], torch.minimum(z, slack)]
+    violation = torch.cat(parts, dim=-1).abs().amax(-1)  # min(z, slack) = 0: both signs, and that one is zero
     # Least squares, or rows that nearly depend on each other, may solve what has no solution.
-    verified = verified & (violation <= VIOLATION * (1 + data.magnitude))
-    return Polished(x, y, z, active, slack, violation, verified, system)
+    verified = violation <= VIOLATION * (1 + data.magnitude)
+    if not bool((torch.where(active, z, slack) >= 0).all()):
+        verified = verified & ~signed_errors(active, data.limits, found.x, z, slack).any(-1)
+    return Polished(found.x, found.w[:, :p], z, active, slack, violation, verified, system)
 
 
 def signed_errors(active: Tensor, limits: Tensor, x: Tensor, z: Tensor, slack: Tensor) -> Tensor:

@@ -17,27 +17,20 @@ class Solved(NamedTuple):
     """A solution of the reduced system, and what it leaves of the right-hand sides."""
 
     x: Tensor
-    y: Tensor
-    z: Tensor
+    w: Tensor  # multipliers of all rows, zero where a row isn't kept
     gradient: Tensor
-    equations: Tensor
-    slack: Tensor  # of all inequalities, active or not
-    exact: bool  # whether that is no more than rounding
-
-    def left(self, active: Tensor) -> Tensor:
-        """All that is left, ``(samples, n + p + rows)``: of inequalities, in active rows."""
-        return torch.cat([self.gradient, self.equations, torch.where(active, self.slack, 0)], dim=-1)
+    slack: Tensor  # of all rows
+    rest: Tensor  # that of the kept ones, zero for others
+    exact: bool  # whether gradient and rest are no more than rounding
 
     @property
-    def violation(self) -> Tensor:
-        """The largest violation of an optimality condition, ``(samples,)``."""
-        # min(z, slack) = 0 says that neither is negative, and that one is zero.
-        parts = [self.gradient, self.equations, torch.minimum(self.z, self.slack)]
-        return torch.cat(parts, dim=-1).abs().amax(-1)
+    def left(self) -> Tensor:
+        """All that is left, ``(samples, n + rows)``."""
+        return torch.cat([self.gradient, self.rest], dim=-1)
 
 
 class Reduced:
-    """``[[P, Cᵀ], [C, 0]]``, where ``C`` are the equations and the active inequalities of each sample.
+    """``[[P, Cᵀ], [C, 0]]``, where ``C`` are the kept rows of ``[A; G; -I; I]``: equations and active inequalities.
 
     By Cholesky factorizations of ``P`` and of ``C P⁻¹ Cᵀ``, batched; ``P + σCᵀC`` serves for ``P`` where that has no
     curvature of its own. Samples in which rows depend on each other, or the solution isn't unique, get the
@@ -48,86 +41,74 @@ class Reduced:
         active: which of the rows ``[G; -I; I]`` are active, ``(samples, rows)``.
 
     Attributes:
+        kept: which of the rows ``[A; G; -I; I]`` are in ``C``, ``(samples, p + rows)``.
         degenerate: the samples that got the pseudoinverse.
     """
 
+    degenerate: Tensor
+
     def __init__(self, data: Data, active: Tensor) -> None:
-        self.data, self.active, self.layout = data, active, data.layout
-        self.dtype, self.samples = data.q.dtype, len(active)
-        self._index, self._mask = _positions(active)
+        self.data, self.layout = data, data.layout
+        self.dtype, self.samples = data.q.dtype, active.shape[0]
+        self.kept = with_equations(active, self.layout.p)
+        self._index, self._mask = positions(self.kept)
         self.rows = self._gathered()
         self._factor()
 
-    def solve(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(x, y, z)`` with ``Px + Aᵀy + Czᵀ = first``, ``Ax = equations`` and ``Cx = inequalities`` on active rows.
+    def solve(self, first: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, w)`` with ``Px + [A; G; -I; I]ᵀw = first`` and ``[A; G; -I; I] x = sides`` in the kept rows.
 
-        ``z`` is zero on the others.
+        ``w`` is zero in the others.
         """
-        rest = torch.cat([equations, self._picked(inequalities)], dim=-1)
-        x, multipliers = self._solve(first, rest)
-        y, picked = multipliers.split((self.layout.p, self._index.shape[1]), dim=-1)
-        return x, y, torch.zeros_like(inequalities).scatter_add(-1, self._index, picked * self._mask)
+        # Not a product: where there is no bound the right-hand side is infinite.
+        x, multipliers = self._solve(first, torch.where(self._mask, sides.gather(-1, self._index), 0))
+        return x, torch.zeros_like(sides).scatter(-1, self._index, multipliers)
 
-    def solved(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> Solved:
+    def solved(self, first: Tensor, sides: Tensor) -> Solved:
         """:meth:`solve` to rounding: once more for what is left, where that is more."""
-        sides = first, equations, inequalities
-        x, y, z = self.solve(*sides)
-        found = self._left(sides, x, y, z)
+        x, w = self.solve(first, sides)
+        found = self._left(first, sides, x, w)
         if found.exact:
             return found
-        dx, dy, dz = self.solve(found.gradient, found.equations, found.slack)
-        return self._left(sides, x + dx, y + dy, z + dz)
+        dx, dw = self.solve(found.gradient, found.slack)
+        return self._left(first, sides, x + dx, w + dw)
 
-    def _left(self, sides: tuple[Tensor, Tensor, Tensor], x: Tensor, y: Tensor, z: Tensor) -> Solved:
-        first, equations, inequalities = sides
-        terms = [times(self.data.P, x), self.pulled(z)]
-        products, reached = self.products(x), equations
-        gradient = first - terms[0] - terms[1]
-        if self.data.A is not None:
-            terms.append(transposed(self.data.A, y))
-            gradient, reached = gradient - terms[2], times(self.data.A, x)
-        equations, slack = equations - reached, inequalities - products
-        exact = _is_rounding([gradient], [first, *terms])
-        rows = [equations, torch.where(self.active, slack, 0)]
-        return Solved(x, y, z, gradient, equations, slack, exact and _is_rounding(rows, [sides[1], reached, products]))
-
-    def products(self, x: Tensor) -> Tensor:
-        """``Cx`` for all inequalities."""
-        return self.data.products(x)
-
-    def pulled(self, z: Tensor) -> Tensor:
-        """``Cᵀz`` for all inequalities."""
-        return self.data.pulled(z)
-
-    def _picked(self, inequalities: Tensor) -> Tensor:
-        # Not a product: where there is no bound the right-hand side is infinite.
-        return torch.where(self._mask > 0, inequalities.gather(-1, self._index), 0)
+    def _left(self, first: Tensor, sides: Tensor, x: Tensor, w: Tensor) -> Solved:
+        curved, drawn, reached = times(self.data.P, x), self.data.drawn(w), self.data.reached(x)
+        gradient, slack = first - curved - drawn, sides - reached
+        rest = torch.where(self.kept, slack, 0)
+        more = _is_more(gradient, torch.cat([curved, drawn], dim=-1))
+        if rest.shape[-1]:
+            more = more | _is_more(rest, reached)
+        return Solved(x, w, gradient, slack, rest, not bool(more.any()))
 
     def _gathered(self) -> Tensor:
-        """``C``, ``(samples, p + k, n)``; zero where a sample has fewer than ``k`` active rows."""
-        data, m, n = self.data, self.layout.m, self.layout.n
-        rows = data.q.new_zeros(self.samples, self._index.shape[1], n)
-        if data.G is not None and m:
-            inside = self._index.clamp_max(m - 1)
-            picked = data.G[inside] if data.G.dim() == 2 else data.G.gather(1, inside[..., None].expand(-1, -1, n))
-            rows = picked * (self._mask * (self._index < m))[..., None]
-        if self.layout.low or self.layout.high:
-            bound = self._index - m
-            column = bound % n
-            sign = torch.where(bound < self.layout.low, -1.0, 1.0).to(self.dtype) * (bound >= 0)
-            rows = rows.scatter_add(-1, column[..., None], (sign * self._mask)[..., None])
-        if data.A is None:
-            return rows
-        return torch.cat([data.A.expand(self.samples, -1, -1), rows], dim=1)
+        """``C``, ``(samples, k, n)``; zero where a sample has fewer than ``k`` rows."""
+        layout, matrix = self.layout, self.data.matrix
+        (samples, k), (rows, n) = self._index.shape, matrix.shape[-2:]
+        bounds = bool(layout.low or layout.high)
+        place = self._index.clamp_max(rows - 1) if bounds else self._index
+        if rows == 0:
+            picked = matrix.new_zeros(samples, k, n)
+        elif matrix.dim() == 2:
+            picked = matrix.index_select(0, place.reshape(-1)).reshape(samples, k, n)
+        else:
+            first = torch.arange(0, samples * rows, rows, device=place.device)[:, None]
+            picked = matrix.reshape(-1, n).index_select(0, (place + first).reshape(-1)).reshape(samples, k, n)
+        if not bounds:
+            return picked.mul_(self._mask.unsqueeze(-1))
+        column = self._index - rows
+        picked = picked.mul_((self._mask & (column < 0)).unsqueeze(-1))
+        sign = torch.where(column < layout.low, -1.0, 1.0).to(self.dtype) * (self._mask & (column >= 0))
+        return picked.scatter_add(-1, (column % n).unsqueeze(-1), sign.unsqueeze(-1))
 
     def _factor(self) -> None:
         self._sigma: Tensor | None = None
-        curvature = self.data.curvature
-        lower, curved = curvature if curvature and bool(curvature[1].all()) else self._curved_by_rows()
-        self._lower = lower
-        self._reached = _triangular(lower, self.rows.mT)
+        curvature = self.data.curvature if self.data.curved else None
+        self._lower, curved = curvature or self._curved_by_rows()
+        self._reached = _triangular(self._lower, self.rows.mT)
         gram = torch.bmm(self._reached.mT, self._reached)
-        padding = 1 - torch.cat([self._mask.new_ones(self.samples, self.layout.p), self._mask], dim=1)
+        padding = ~self._mask
         gram.diagonal(dim1=-2, dim2=-1).add_(padding)
         self._inner, independent = cholesky(gram)
         self.degenerate = ~(independent & curved).expand(self.samples)
@@ -157,7 +138,8 @@ class Reduced:
             both = torch.cat([first, rest], dim=-1)[self.degenerate]
             least = times(self._pseudoinverse, both)
             x = x.index_put((self.degenerate,), least[:, : x.shape[1]])
-            multipliers = multipliers.index_put((self.degenerate,), least[:, x.shape[1] :])
+            own = least[:, x.shape[1] :] * self._mask[self.degenerate]
+            multipliers = multipliers.index_put((self.degenerate,), own)
         return x, multipliers
 
     def _pseudo(self, padding: Tensor) -> Tensor:
@@ -180,34 +162,32 @@ class Patched(Reduced):
         self.data, self.layout = base.data, base.layout
         self.dtype, self.samples = base.dtype, base.samples
         self._base, self._again, self._part = base, samples, part
-        self.active = base.active.index_put((samples,), part.active)
+        self.kept = base.kept.index_put((samples,), part.kept)
         self.degenerate = base.degenerate.index_put((samples,), part.degenerate)
 
-    def solve(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sides = (first, equations, inequalities)
-        whole, part = self._base.solve(*sides), self._part.solve(*[side[self._again] for side in sides])
-        x, y, z = (old.index_put((self._again,), new) for old, new in zip(whole, part, strict=True))
-        return x, y, z
+    def solve(self, first: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+        whole = self._base.solve(first, sides)
+        part = self._part.solve(first[self._again], sides[self._again])
+        x, w = (old.index_put_((self._again,), new) for old, new in zip(whole, part, strict=True))
+        return x, w
 
 
-def _is_rounding(left: list[Tensor], terms: list[Tensor]) -> bool:
-    """Whether what is left is rounding of its terms in every sample."""
-    rest, size = (torch.cat(parts, dim=-1) for parts in (left, terms))
-    if rest.shape[-1] == 0:
-        return True
-    tolerance = ROUNDING * torch.finfo(rest.dtype).eps * size.abs().amax(-1)
-    return not bool((rest.abs().amax(-1) > tolerance).any())
+def _is_more(left: Tensor, terms: Tensor) -> Tensor:
+    """In which samples what is left is more than rounding of its terms."""
+    tolerance = ROUNDING * torch.finfo(left.dtype).eps
+    return left.abs().amax(-1) > tolerance * terms.abs().amax(-1)
 
 
-def _positions(active: Tensor) -> tuple[Tensor, Tensor]:
-    """The active rows of every sample, ``(samples, k)``, and a mask, zero where there are fewer than ``k``."""
-    samples, rows = active.nonzero(as_tuple=True)
-    slot = active.cumsum(1)[samples, rows] - 1
-    k = int(slot.max()) + 1 if len(slot) else 0
-    index = torch.zeros(len(active), k, dtype=torch.int64, device=active.device)
-    mask = torch.zeros(len(active), k, dtype=torch.float64, device=active.device)
-    index[samples, slot], mask[samples, slot] = rows, 1
-    return index, mask
+def with_equations(active: Tensor, p: int) -> Tensor:
+    """Which rows are kept: ``p`` equations, and the active inequalities."""
+    return torch.cat([active.new_ones(active.shape[0], p), active], dim=-1) if p else active
+
+
+def positions(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept rows of every sample, ``(samples, k)``, and a mask, false where there are fewer than ``k``."""
+    mask, index = torch.sort(kept, dim=1, descending=True, stable=True)
+    k = int(mask.any(0).sum())
+    return index[:, :k], mask[:, :k]
 
 
 def _triangular(lower: Tensor, right: Tensor, *, transpose: bool = False) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -75,6 +76,23 @@ def misleading(data: Data, samples: int) -> Tensor:
         outside = (sizes > _MISLEADING) | (sizes < 1 / _MISLEADING)
         found = found | (outside & (sizes > 0)).any(-1)
     return found
+
+
+def ordinary(data: Data) -> bool:
+    """Whether, at a glance, no sample is odd: all finite, no bounds that contradict, no :func:`misleading` size."""
+    if data.sparse or not _bounds_fit(data):
+        return False
+    sizes = torch.cat([_lengths(data.matrix).reshape(-1), _objective(data).reshape(-1)])
+    least, largest = map(float, sizes.aminmax())
+    total = data.magnitude.sum() if data.P is None else data.magnitude.sum() + data.P.sum()
+    return least >= 1 / _MISLEADING and largest <= _MISLEADING and math.isfinite(total)
+
+
+def _bounds_fit(data: Data) -> bool:
+    fits = [] if data.lb is None else [(data.lb < torch.inf).all()]
+    fits += [] if data.ub is None else [(data.ub > -torch.inf).all()]
+    fits += [] if data.lb is None or data.ub is None else [(data.lb <= data.ub).all()]
+    return all(map(bool, fits))
 
 
 def _columns(data: Data, samples: int, shared: Callable[[Tensor], Tensor] = lambda sizes: sizes) -> Tensor:

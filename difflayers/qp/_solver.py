@@ -19,7 +19,7 @@ from difflayers.qp._data import Data
 from difflayers.qp._jacobian import Inverse
 from difflayers.qp._polish import Polished, polished
 from difflayers.qp._problem import QPProblem
-from difflayers.qp._scaling import Scaling, misleading
+from difflayers.qp._scaling import Scaling, misleading, ordinary
 from difflayers.qp._sparse_reduced import reduced
 
 _TOUCHING = 1e-11  # the slack of a row that passes through the solution, beside its limit
@@ -89,23 +89,27 @@ class Work:
     def __init__(self, solver: QPSolver, data: Data, samples: int) -> None:
         self.solver, self.data, self.samples = solver, data, samples
         layout, like = data.layout, data.q
-        self.limits = data.limits.expand(samples, -1)
         self.x, self.y = like.new_zeros(samples, layout.n), like.new_zeros(samples, layout.p)
         self.z = like.new_zeros(samples, layout.inequalities)
         self.active = torch.zeros_like(self.z, dtype=torch.bool)
         self.status = torch.zeros(samples, dtype=torch.int64, device=like.device)
         self.steps = torch.zeros_like(self.status)
         self.degenerate = torch.zeros_like(self.status, dtype=torch.bool)
-        self.exact = torch.zeros_like(self.degenerate)
+        self.exact, self.unclear = torch.zeros_like(self.degenerate), torch.zeros_like(self.degenerate)
         self.whole: Polished | None = None  # of all samples, if all were verified at once
 
+    @property
+    def limits(self) -> Tensor:
+        """The right-hand sides of inequalities."""
+        return self.data.limits.expand(self.samples, -1)
+
     def run(self, guess: Tensor | None) -> None:
+        self.proofs = self.x.new_zeros(self.samples, sum(self.data.layout.sizes))
         some = self.solver.apart(self.data)
         if some is None:
             self._run(guess)
             return
         self.slack, self.residual = torch.zeros_like(self.z), self.x.new_zeros(self.samples)
-        self.proofs = self.x.new_zeros(self.samples, sum(self.data.layout.sizes))
         for part in (some, ~some):
             work = Work(self.solver, self.data.rows(part), int(part.sum()))
             work.run(None if guess is None else guess[part])
@@ -113,59 +117,82 @@ class Work:
                 getattr(self, name)[part] = getattr(work, name)
 
     def _run(self, guess: Tensor | None) -> None:
+        going = None if ordinary(self.data) else self._sound()  # None: all
+        left = going if guess is None else self._warm(going, guess)
+        backend, *others = self.solver.choices(self.data)
+        if self.whole is None and (left is None or bool(left.any())):
+            self._cold(left, backend)
+        if going is None and self.whole is not None:
+            self._measure()  # by far the most common case
+            return
+        going = self._mask(going)
+        self._judge()
+        if bool(self._open(going).any()):
+            self._ask([backend, *others], going)
+
+    def _sound(self) -> Tensor:
+        """Which samples can be solved for; the others get their status."""
         finite, consistent = self.data.finite(self.samples), self.data.consistent(self.samples)
         self.status[~consistent] = int(Status.INFEASIBLE)
         self.status[~finite] = int(Status.NONFINITE)
         going = finite & consistent
         self.unclear = going & misleading(self.data, self.samples)
-        left = going if guess is None else going & ~self._warm(going, guess)
-        backend, *others = self.solver.choices(self.data)
-        if bool(left.any()):
-            self._cold(left, backend)
-        self._judge()
-        if bool(self._open(going).any()):
-            self._ask([backend, *others], going)
+        return going
 
-    def _warm(self, going: Tensor, guess: Tensor) -> Tensor:
-        """Which samples the guess was right for, perhaps after a few corrections."""
-        layout = self.data.layout
-        active = ((guess[:, layout.n + layout.p :] > 0) & self.limits.isfinite())[going]
-        x, y, v = guess[going].split((layout.n, layout.p, layout.inequalities), dim=-1)
-        return self._take(going, polished(self._part(going), active, (x, y, v.clamp_min(0)), rounds=3))
+    def _warm(self, going: Tensor | None, guess: Tensor) -> Tensor:
+        """Which samples are left: the guess wasn't right for them, even after a few corrections."""
+        part, layout = self._part(going), self.data.layout
+        x, y, v = _some(guess, going).split_with_sizes((layout.n, layout.p, layout.inequalities), dim=-1)
+        active = v > 0
+        if layout.low or layout.high:
+            active = active & part.limits.isfinite()
+        self._take(going, polished(part, active, (x, y, v.clamp_min(0)), rounds=3))
+        return self.exact.logical_not() if going is None else going & ~self.exact
 
-    def _cold(self, going: Tensor, backend: QPSolver) -> None:
-        part, count = self._part(going), int(going.sum())
+    def _cold(self, going: Tensor | None, backend: QPSolver) -> None:
+        part, count = self._part(going), self.samples if going is None else int(going.sum())
         if part.layout.inequalities:
             found = backend.answers(part if backend.sparse else part.dense(), count)
         else:
             found = _equations_only(part, count)
-        self.steps[going], self.status[going] = found.steps, found.status.to(self.status.dtype)
-        solved = going & has_answer(self.status)
-        if not bool(solved.any()):
-            return
-        here = slice(None) if count == int(solved.sum()) else has_answer(found.status)
-        x, z, part = found.x[here], found.z[here], self._part(solved)
+        answered = has_answer(found.status)
+        if going is None and bool(answered.all()):
+            self.steps = found.steps
+        else:
+            going = self._mask(going)
+            self.steps[going], self.status[going] = found.steps, found.status.to(self.status.dtype)
+            going = going & has_answer(self.status)
+            if not bool(going.any()):
+                return
+            found, part = Answers(*[each[answered] for each in found]), self._part(going)
         enter("exact answers")
-        active = z > self.limits[solved] - part.products(x)
-        self.x[solved], self.y[solved], self.active[solved] = x, found.y[here], active
-        self.z[solved] = torch.where(active, z, 0)
-        self._take(solved, polished(part, active, (x, found.y[here], z)))
+        active = found.z > part.limits - part.products(found.x)
+        exact = polished(part, active, found[:3])
+        self._take(going, exact)
+        if self.whole is None:
+            left, wrong = self._mask(going) & ~self.exact, ~exact.verified
+            self.status[left] = found.status[wrong].to(self.status.dtype)
+            self.x[left], self.y[left], self.active[left] = found.x[wrong], found.y[wrong], active[wrong]
+            self.z[left] = torch.where(active, found.z, 0)[wrong]
 
-    def _take(self, samples: Tensor, exact: Polished) -> Tensor:
-        """Take over what was verified; which samples that are."""
-        if bool(exact.verified.all()) and len(exact.verified) == self.samples:
+    def _take(self, samples: Tensor | None, exact: Polished) -> None:
+        """Take over what was verified."""
+        if exact.verified.shape[0] == self.samples and bool(exact.verified.all()):
             self.whole = exact
             self.x, self.y, self.z, self.active = exact[:4]
             self.degenerate, self.exact = exact.reduced.degenerate, exact.verified
-            return samples
+            return
+        samples = self._mask(samples)
         right = samples.index_put((samples.clone(),), exact.verified)
         for name in ("x", "y", "z", "active"):
             getattr(self, name)[right] = getattr(exact, name)[exact.verified]
         self.degenerate[right], self.exact[right] = exact.reduced.degenerate[exact.verified], True
-        return right
 
-    def _part(self, samples: Tensor) -> Data:
-        return self.data if bool(samples.all()) else self.data.rows(samples)
+    def _mask(self, samples: Tensor | None) -> Tensor:
+        return torch.ones_like(self.exact) if samples is None else samples
+
+    def _part(self, samples: Tensor | None) -> Data:
+        return self.data if samples is None or bool(samples.all()) else self.data.rows(samples)
 
     def _ask(self, backends: Sequence[QPSolver], going: Tensor) -> None:
         """Ask the first backend again where bad scaling may have misled it, then the others, about what is open."""
@@ -216,7 +243,6 @@ class Work:
         self.status[answered & right] = int(Status.SUCCESS)
         misled = self.unclear & ~right
         self.status[(success & ~right) | misled], self.exact = int(Status.STALLED), self.exact & ~misled
-        self.proofs = self.x.new_zeros(self.samples, sum(self.data.layout.sizes))
         doubtful = (self.status != int(Status.SUCCESS)) & (self.status != int(Status.NONFINITE)) & ~misled
         if bool(doubtful.any()):
             self.status[doubtful], self.proofs[doubtful] = certified(self._part(doubtful), self.status[doubtful])
@@ -242,7 +268,7 @@ class Work:
             "margin": margin,
             "degenerate": self._dependent(margin),
         }
-        if bool(self._proved().any()):
+        if bool(self.status.any()) and bool(self._proved().any()):
             stats["certificate"] = self.proofs
         value, batch = self._point(init), init.shape[:batch_dims]
         state = None if self.whole is None else Inverse(self.whole.reduced, value, batch_dims)
@@ -265,11 +291,15 @@ class Work:
 
     def _point(self, init: Tensor) -> Tensor:
         """The unknown: multiplier minus slack, whose sign tells the active set even where both are zero."""
-        tiny = torch.finfo(init.dtype).tiny
-        idle = -torch.where(self.slack.isinf(), 1, self.slack).clamp_min(0)
-        v = torch.where(self.active, self.z.clamp_min(tiny), idle)
+        bounds = self.data.layout.low or self.data.layout.high
+        slack = torch.where(self.slack.isinf(), 1, self.slack) if bounds else self.slack
+        v = torch.where(self.active, self.z.clamp_min(torch.finfo(init.dtype).tiny), -slack.clamp_min(0))
         x = self.data.within_bounds(self.x, self.active & self.exact[:, None])
         return torch.cat([x, self.y, v], dim=-1).to(init.dtype).reshape(init.shape)
+
+
+def _some(tensor: Tensor, samples: Tensor | None) -> Tensor:
+    return tensor if samples is None else tensor[samples]
 
 
 def _equations_only(data: Data, samples: int) -> Answers:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from difflayers.qp._data import Data
 from difflayers.qp._quasidefinite import Quasidefinite, Rows, front
-from difflayers.qp._reduced import Reduced, Solved
+from difflayers.qp._reduced import Reduced, Solved, with_equations
 from difflayers.qp._sparse import Array, Sparse
 
 # In this order, until one solves a test problem.
@@ -38,26 +38,23 @@ class SparseReduced(Reduced):
     """
 
     def __init__(self, data: Data, active: Tensor, known: Mapping[Any, _System]) -> None:
-        self.data, self.active, self.layout = data, active, data.layout
-        self.dtype, self.samples = data.q.dtype, len(active)
+        self.data, self.layout = data, data.layout
+        self.dtype, self.samples = data.q.dtype, active.shape[0]
+        self.kept = with_equations(active, self.layout.p)
         keys, self.known = _systems(data, active, known)
         self._systems = [self.known[key] for key in keys]
         flags = [system.degenerate for system in self._systems]
         self.degenerate = torch.tensor(flags, dtype=torch.bool, device=active.device)
 
-    def solve(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n, p = self.layout.n, self.layout.p
-        z = np.zeros((self.samples, self.layout.inequalities))
-        x_and_y = np.zeros((self.samples, n + p))
-        sides = [t.detach().cpu().numpy() for t in (first, equations, inequalities)]
+    def solve(self, first: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = np.zeros(tuple(first.shape)), np.zeros(tuple(sides.shape))
+        given = [t.detach().cpu().numpy() for t in (first, sides)]
         for i, system in enumerate(self._systems):
-            x_and_y[i], z[i, system.rows] = system.solve(*[side[i] for side in sides])
-        parts = x_and_y[:, :n], x_and_y[:, n:], z
-        x, y, z_of_rows = (torch.from_numpy(part).to(first) for part in parts)
-        return x, y, z_of_rows
+            x[i], w[i, system.kept] = system.solve(*[side[i] for side in given])
+        return torch.from_numpy(x).to(first), torch.from_numpy(w).to(first)
 
-    def solved(self, first: Tensor, equations: Tensor, inequalities: Tensor) -> Solved:
-        return self._left((first, equations, inequalities), *self.solve(first, equations, inequalities))
+    def solved(self, first: Tensor, sides: Tensor) -> Solved:
+        return self._left(first, sides, *self.solve(first, sides))
 
 
 def samples_of(data: Data, count: int) -> list[tuple[Any, Any, Any]]:
@@ -104,7 +101,8 @@ def _systems(data: Data, active: Tensor, known: Mapping[Any, _System]) -> tuple[
             systems[key] = known[key]
         elif key not in systems:
             rows = np.flatnonzero(own)
-            systems[key] = _System(rows, data.layout.n + data.layout.p, P, constraints(A, G, rows, data))
+            kept = np.concatenate([np.arange(data.layout.p), data.layout.p + rows])
+            systems[key] = _System(kept, P, constraints(A, G, rows, data))
     return keys, systems
 
 
@@ -112,12 +110,12 @@ class _System:
     """The system of one sample, solved to rounding.
 
     Attributes:
-        rows: which inequalities are active.
+        kept: which rows of ``[A; G; -I; I]`` are in it.
         degenerate: whether it is singular.
     """
 
-    def __init__(self, rows: Array, split: int, P: Any, C: Any) -> None:
-        self.rows, self._split = rows, split
+    def __init__(self, kept: Array, P: Any, C: Any) -> None:
+        self.kept = kept
         matrix = Quasidefinite(P, C)
         self._factored = _first(matrix, REGULARIZATIONS, 1e-11)
         self.degenerate = self._factored.unknown > UNDETERMINED
@@ -129,10 +127,10 @@ class _System:
                     self._factored = sharper
                     break
 
-    def solve(self, first: Array, equations: Array, inequalities: Array) -> tuple[Array, Array]:
-        """``(x, y)`` and the multipliers of the active rows."""
-        w = self._factored.solve(np.concatenate([first, equations, inequalities[self.rows]]))
-        return w[: self._split], w[self._split :]
+    def solve(self, first: Array, sides: Array) -> tuple[Array, Array]:
+        """``x`` and the multipliers of the kept rows."""
+        found = self._factored.solve(np.concatenate([first, sides[self.kept]]))
+        return found[: len(first)], found[len(first) :]
 
 
 def _first(matrix: Quasidefinite, sizes: tuple[float, ...], enough: float) -> _Factored:
