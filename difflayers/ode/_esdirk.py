@@ -13,6 +13,7 @@ from difflayers.ode._implicit import ImplicitStages, pulled_back, shared, summed
 from difflayers.ode._kvaerno import Esdirk
 from difflayers.ode._linearization import Factors, constrained, finite_or_zero, flow, jacobian_of, linearized
 from difflayers.ode._mass import Evaluate, constraint_of, mass_of, times
+from difflayers.ode._orders import limited
 from difflayers.ode._stages import Time, mixed, stage_time
 from difflayers.ode._tableaus import coefficients
 
@@ -53,7 +54,7 @@ class _Equation:
         factors = self.factors(k)
         for _ in range(_ORDERS):
             k = k + self.newton(k, factors)
-        return k
+        return limited(k, _ORDERS, "steps of Kvaerno5")
 
     def blind(self, k: Tensor) -> Tensor:
         """The solution where no number can be read, by Newton's method proper; what follows is Newton steps too."""

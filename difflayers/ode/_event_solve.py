@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from difflayers._adjoint import Adjoint
+from difflayers._arrays import finite
 from difflayers._autodiff import in_functorch, is_tracked
 from difflayers._monitor import watch
 from difflayers._solution import OnFailure, Solution, Status
@@ -20,6 +21,7 @@ from difflayers.ode._checkpointed import CheckpointedAdjoint
 from difflayers.ode._event_record import Keep, Record, Recorded, search
 from difflayers.ode._events import Event, Signals, event_parameters
 from difflayers.ode._explicit import OneStepSolver
+from difflayers.ode._orders import limited
 from difflayers.ode._problem import Evaluate, InitialValueProblem
 from difflayers.ode._replay import moved
 
@@ -223,18 +225,15 @@ class _Follow:
             if not (is_tracked(value) or is_tracked(y)):
                 return fixed, y
             time = time - torch.where(there, (value - value.detach()) / slope, 0)
-        return time, moved(self.evaluate, fixed, y, time)
+        state = moved(self.evaluate, fixed, y, time)
+        return limited(time, _ORDER, "times of events"), limited(state, _ORDER, "states at events")
 
 
 def _tolerating(solution: Solution) -> AbstractContextManager[Any]:
     """A tape on which samples that have failed can't poison the others: zero times NaN is NaN."""
     if in_functorch() or bool((solution.status == Status.SUCCESS).all()):
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_finite, lambda t: t)
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    return torch.where(tensor.isfinite(), tensor, 0) if tensor.is_floating_point() or tensor.is_complex() else tensor
+    return torch.autograd.graph.saved_tensors_hooks(finite, lambda t: t)
 
 
 def per_event(happened: Happened, events: Sequence[Event]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from difflayers.ode._linearization import flow
 from difflayers.ode._mesh import Mesh, Step
 from difflayers.ode._methods import swept_implicit, traced_stages_of
+from difflayers.ode._orders import limited
 from difflayers.ode._stages import Evaluate, Time, combined, mixed, stage_time
 from difflayers.ode._tableaus import RK4, Coefficients, ImplicitTableau, Tableau, coefficients
 
@@ -55,10 +56,11 @@ def retraced(tableau: Tableau, evaluate: Evaluate, step: Step, y: Tensor) -> tup
 def moved(evaluate: Evaluate, fixed: Time, y: Tensor, time: Tensor, start: bool = False) -> Tensor:
     """An output carried by the flow to its time, or the start from its time; both are where they were already.
 
-    The value is that of ``y``; what comes are the derivatives in ``time``, up to the fourth.
+    The value is that of ``y``; what comes are the derivatives in ``time``, which is as many as the method has orders.
     """
     evaluate = flow(evaluate)
     h = torch.as_tensor(fixed - time if start else time - fixed).to(y.dtype)
+    h = limited(h, RK4.order, "output times")
     t = time if start else fixed
     slopes = [evaluate(stage_time(t, 0.0, h, y), y)]
     for row, c in zip(RK4.rows[:-1], RK4.c[1:], strict=False):

@@ -148,6 +148,20 @@ def test_higher_derivatives():
     assert_close(jacfwd(hessian(ours, 1), 1)(*inputs), jacfwd(hessian(exact, 1), 1)(*inputs), 1e-7)
 
 
+@pytest.mark.parametrize("last", [jacrev, jacfwd])
+def test_a_fourth_derivative_is_refused(last):
+    inputs = falls()
+    ours = total(thrown(TIGHT[2]))
+    with pytest.raises(ProblemError, match="events have derivatives up to order 3"):
+        last(jacrev(hessian(ours, 1), 1), 1)(*inputs)
+    gravity = inputs[1].requires_grad_()
+    value = ours(inputs[0], gravity, *inputs[2:])
+    for _ in range(3):
+        (value,) = torch.autograd.grad(value, gravity, create_graph=True)
+    with pytest.raises(ProblemError, match="events have derivatives up to order 3"):
+        value.backward()
+
+
 def test_eager_forward_mode():
     inputs = falls()
     directions = tuple(map(torch.randn_like, inputs))

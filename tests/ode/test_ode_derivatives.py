@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from difflayers import UnrolledAdjoint
 from difflayers.errors import ProblemError
-from difflayers.ode import RK4, Bosh3, CheckpointedAdjoint, Dopri5, Dopri8, ODELayer, Tsit5, odeint
+from difflayers.ode import RK4, Bosh3, CheckpointedAdjoint, Dopri5, Dopri8, Kvaerno5, ODELayer, Tsit5, odeint
 
 TIGHT = [Bosh3(rtol=1e-8, atol=1e-8), *[kind(rtol=1e-11, atol=1e-11) for kind in (Dopri5, Tsit5, Dopri8)]]
 SOLVERS = [*TIGHT, RK4(step_size=0.01)]
@@ -166,6 +166,36 @@ def test_third_order():
         return torch.autograd.grad(second.pow(2).sum(), inputs)
 
     assert_close(third(layer()), third(lambda *p: traced(*p, steps=40)), 1e-5)
+
+
+@pytest.mark.parametrize("kind", [Dopri5, Kvaerno5])
+def test_a_fifth_derivative_is_right_or_refused(kind):
+    """In the rate, which steps of Kvaerno5 don't have; in output times, which nobody has."""
+    solver = kind(rtol=1e-9, atol=1e-11)
+
+    def derivatives(variable, value):
+        for _ in range(5):
+            (value,) = torch.autograd.grad(value, variable, create_graph=True)
+            yield value
+
+    rate, t = wanting((torch.tensor(0.5), torch.tensor([0.0, 0.3])))
+    ys = odeint(lambda t, y, rate: -rate * y * y, torch.ones(1), t.detach(), (rate,), solver=solver).ys[-1].sum()
+    exact = derivatives(rate, 1 / (1 + 0.3 * rate))
+    found = derivatives(rate, ys)
+    for _ in range(4):
+        assert_close(next(found), next(exact), 1e-4)
+    if kind is Dopri5:
+        assert_close(next(found), next(exact), 1e-4)
+    else:
+        with pytest.raises(ProblemError, match="Kvaerno5 have derivatives up to order 4"):
+            next(found)
+    end = t[1:].detach().requires_grad_()
+    ys = odeint(lambda t, y: -y * torch.cos(t), torch.ones(1), torch.cat([t[:1], end]), solver=Dopri5()).ys[-1].sum()
+    found, exact = derivatives(end, ys), derivatives(end, torch.exp(-torch.sin(end)))
+    for _ in range(4):
+        assert_close(next(found), next(exact), 1e-5)
+    with pytest.raises(ProblemError, match="output times have derivatives up to order 4"):
+        next(found)
 
 
 class Module(nn.Module):
