@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from difflayers import linear
+from difflayers._arrays import finite
 from difflayers._autodiff import (
     batch_levels,
     in_functorch,
     is_tracked,
 )
 from difflayers._monitor import watch
-from difflayers._node import Call, FirstOnly, finite, solved
+from difflayers._node import Call, FirstOnly, solved
 from difflayers._options import check_options
 from difflayers._problem import Problem, closure_names
 from difflayers._solution import OnFailure, Solution, check_status, has_answer

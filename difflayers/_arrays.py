@@ -121,6 +121,11 @@ def sample_norm(tensor: Tensor, batch_dims: int) -> Tensor:
     )
 
 
+def finite(tensor: Tensor) -> Tensor:
+    """The tensor with zero in place of what isn't finite; whole numbers and flags as they are."""
+    return torch.where(tensor.isfinite(), tensor, 0) if tensor.is_floating_point() or tensor.is_complex() else tensor
+
+
 def widen(mask: Tensor, like: Tensor) -> Tensor:
     """A per-sample mask, broadcastable over ``like``."""
     return mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from difflayers import linear
-from difflayers._arrays import widen
+from difflayers._arrays import finite, widen
 from difflayers._autodiff import (
     Tape,
     in_functorch,
@@ -177,12 +177,14 @@ def cotangents(
     if torch.is_grad_enabled() and not in_functorch():
         call.refuse_higher_order()
     rule = _on_graph if torch.is_grad_enabled() or in_functorch() else _at_once
-    with without_autocast(value.device), _without_failed(value, status, params) as (value, *params):
-        cotangent = torch.where(widen(has_answer(status), cotangent), cotangent, 0)
+    answered = _answered(status)
+    with without_autocast(value.device), _without_failed(value, params, answered) as (value, *params):
+        if answered is not None:
+            cotangent = torch.where(widen(answered, cotangent), cotangent, 0)
         pulled = rule(call, value, params, cotangent, wanted) if wanted else ()
     gradients: list[Tensor | None] = [None] * len(params)
     for i, gradient in zip(wanted, pulled, strict=True):
-        gradients[i] = None if gradient is None else _zero_failed_rows(gradient, status)
+        gradients[i] = gradient if gradient is None or answered is None else _zero_failed_rows(gradient, answered)
     return gradients
 
 
@@ -214,13 +216,15 @@ def pushed(
 ) -> Tensor:
     """The tangent ``w`` of the answer: ``Jw = -Σ ∂F/∂θ · dθ``."""
     moving = [i for i, t in enumerate(tangents) if t is not None and params[i].is_floating_point()]
-    with without_autocast(value.device), _without_failed(value, status, params) as (value, *params):
+    answered = _answered(status)
+    with without_autocast(value.device), _without_failed(value, params, answered) as (value, *params):
         b = push(
             _partial(call.problem, params, moving, value),
             [params[i] for i in moving],
             [tangents[i] for i in moving],  # type: ignore[misc]
         )
-        b = torch.where(widen(has_answer(status), b), b, 0)
+        if answered is not None:
+            b = torch.where(widen(answered, b), b, 0)
         return solved(call.linear("tangent", value), torch.zeros_like(b), b, value, *params)[0]
 
 
@@ -239,30 +243,30 @@ def _partial(
     return partial
 
 
+def _answered(status: Tensor) -> Tensor | None:
+    """Which samples have an answer; None where all have, as far as one may look."""
+    answered = has_answer(status)
+    return None if not in_functorch() and bool(answered.all()) else answered
+
+
 @contextlib.contextmanager
-def _without_failed(value: Tensor, status: Tensor, params: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+def _without_failed(value: Tensor, params: Sequence[Tensor], answered: Tensor | None) -> Iterator[Sequence[Tensor]]:
     """The answer and parameters, and a tape, on which samples without an answer can't poison the others.
 
     Their cotangent is zero, but zero times NaN is NaN, and a shared parameter's gradient sums over samples. So what
     isn't finite becomes finite: in the parameters, and (in eager mode, where hooks exist) in what the tape saves.
     """
-    if in_functorch():
-        yield [finite(t) for t in (value, *params)]
-    elif bool(has_answer(status).all()):
+    if answered is None:
         yield value, *params
+    elif in_functorch():
+        yield [finite(t) for t in (value, *params)]
     else:
         with torch.autograd.graph.saved_tensors_hooks(finite, lambda t: t):
             yield [finite(t) for t in (value, *params)]
 
 
-def finite(tensor: Tensor) -> Tensor:
-    return torch.where(tensor.isfinite(), tensor, 0) if tensor.is_floating_point() else tensor
-
-
-def _zero_failed_rows(gradient: Tensor, status: Tensor) -> Tensor:
+def _zero_failed_rows(gradient: Tensor, answered: Tensor) -> Tensor:
     """Exactly zero where a batched parameter's gradient isn't finite because its sample has no answer."""
-    if gradient.shape[: status.dim()] != status.shape:
+    if gradient.shape[: answered.dim()] != answered.shape:
         return gradient
-    if not in_functorch() and bool(has_answer(status).all()):
-        return gradient
-    return torch.where(widen(has_answer(status), gradient) | gradient.isfinite(), gradient, 0)
+    return torch.where(widen(answered, gradient) | gradient.isfinite(), gradient, 0)

@@ -65,9 +65,13 @@ class Residual:
         """``F(z)`` without remembering or counting: for derivatives."""
         return self._fn(z)
 
+    def rows(self, z: Tensor) -> Tensor:
+        """``z``, or what is shaped like it, as rows ``(samples, n)``."""
+        return z.reshape(z.shape[: self.problem.batch_dims].numel(), -1)
+
     def equations(self, z: Tensor) -> Tensor:
         """What is to vanish, or be small, as rows ``(samples, m)``: ``F(z)`` unless ``F`` is derived from it."""
-        return self(z).reshape(z.shape[: self.problem.batch_dims].numel(), -1)  # type: ignore[no-any-return]
+        return self.rows(self(z))
 
     def objective(self, z: Tensor) -> Tensor:
         """What is to be least, ``(*batch,)``: ``½‖F(z)‖²`` unless ``F`` is the gradient of something."""

@@ -157,7 +157,7 @@ class HostResidual:
         return self._residual.evaluations - self._before
 
     def __call__(self, x: Array) -> Array:
-        return self._guarded(lambda z: self._own(self._rows(self._residual(z))).reshape(x.shape), x)
+        return self._guarded(lambda z: self._own(self._residual.rows(self._residual(z))).reshape(x.shape), x)
 
     def jacobian(self, x: Array) -> Array:
         """``∂F/∂x``, ``(n, n)``, by ``n`` vector-Jacobian products."""
@@ -178,13 +178,10 @@ class HostResidual:
     def _place(self, x: Array) -> Tensor:
         # Which parameters are batched is the callable's secret, so one sample is solved inside the whole batch.
         if self._last is None or not np.array_equal(self._last[0], x):
-            rows = self._rows(self._z).clone()
+            rows = self._residual.rows(self._z).clone()
             rows[self._sample] = torch.as_tensor(np.asarray(x), dtype=rows.dtype, device=rows.device).reshape(-1)
             self._last = np.array(x), rows.reshape(self._z.shape)
         return self._last[1]
-
-    def _rows(self, z: Tensor) -> Tensor:
-        return z.reshape(z.shape[: self._residual.problem.batch_dims].numel(), -1)
 
     def _own(self, rows: Tensor) -> Array:
         return _host(rows[self._sample])

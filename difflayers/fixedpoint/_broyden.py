@@ -45,7 +45,7 @@ class Broyden(IterativeSolver):
     divisible = True
 
     def init(self, residual: Residual, z: Tensor) -> _State:
-        rows = z.reshape(z.shape[: residual.problem.batch_dims].numel(), -1)
+        rows = residual.rows(z)
         left, right = rows.new_zeros(2, rows.shape[0], self.memory, rows.shape[1])
         return _State(left, right, rows, rows, rows)
 

@@ -84,7 +84,7 @@ class LBFGS(IterativeSolver):
     traceable: ClassVar[bool] = False  # lengths of steps come from searches
 
     def init(self, residual: Residual, z: Tensor) -> Memory:
-        rows = at_least_float32(_rows(residual, z))
+        rows = at_least_float32(residual.rows(z))
         memory = Memory.empty(rows, self.memory, objective(residual, z).abs())
         return memory._replace(status=memory.status.reshape(z.shape[: residual.problem.batch_dims]))
 
@@ -98,7 +98,7 @@ class LBFGS(IterativeSolver):
         return state.status
 
     def step(self, residual: Residual, z: Tensor, state: Memory) -> tuple[Tensor, Memory]:
-        gradient = at_least_float32(_rows(residual, residual(z)))
+        gradient = at_least_float32(residual.rows(residual(z)))
         direction = -state.product(gradient)
         downhill = (direction * gradient).sum(-1) < 0
         direction = torch.where((state.used & downhill)[:, None], direction, -gradient)
@@ -111,8 +111,8 @@ class LBFGS(IterativeSolver):
             torch.where(state.used & downhill, 1, first.clamp_max(1)),
             state.level,
         )
-        change = at_least_float32(_rows(residual, residual(search.point))) - gradient
-        moved = at_least_float32(_rows(residual, search.point) - _rows(residual, z))
+        change = at_least_float32(residual.rows(residual(search.point))) - gradient
+        moved = at_least_float32(residual.rows(search.point) - residual.rows(z))
         # A search that fails with what is remembered is tried again without; one that fails without is the end.
         stuck = ~search.found & ~state.used
         status = search_status(search, stuck).reshape(state.status.shape)
@@ -149,10 +149,6 @@ def going(residual: Residual, samples: int) -> Tensor:
     """The samples that the loop is still working on, ``(samples,)``."""
     active = residual.active
     return torch.ones(samples, dtype=torch.bool) if active is None else active.reshape(-1)
-
-
-def _rows(residual: Residual, tensor: Tensor) -> Tensor:
-    return tensor.reshape(tensor.shape[: residual.problem.batch_dims].numel(), -1)
 
 
 def _shifted(old: Tensor, new: Tensor, keep: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
-from difflayers._arrays import Packing, widen
+from difflayers._arrays import Packing, finite, widen
 from difflayers._autodiff import in_functorch, pull
 from difflayers._problem import Residual
 from difflayers._solution import Solution, has_answer
@@ -122,7 +122,4 @@ def _answered(z: Any, status: Tensor | None) -> Any:
 
 
 def _finite(tree: Any) -> Any:
-    def finite(leaf: Tensor) -> Tensor:
-        return torch.where(leaf.isfinite(), leaf, 0) if leaf.is_floating_point() else leaf
-
     return pytree.tree_map_only(Tensor, finite, tree)

@@ -45,7 +45,7 @@ class Anderson(IterativeSolver):
     divisible = True
 
     def init(self, residual: Residual, z: Tensor) -> History:
-        return History.empty(z.reshape(z.shape[: residual.problem.batch_dims].numel(), -1), self.memory)
+        return History.empty(residual.rows(z), self.memory)
 
     def step(self, residual: Residual, z: Tensor, state: History) -> tuple[Tensor, History]:
         rows = state.iterates.shape[0]

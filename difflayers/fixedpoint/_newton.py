@@ -56,7 +56,7 @@ class Newton(IterativeSolver):
 
     def init(self, residual: Residual, z: Tensor) -> Factors:
         batch = z.shape[: residual.problem.batch_dims]
-        rows = at_least_float32(_rows(residual, z))
+        rows = at_least_float32(residual.rows(z))
         eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=z.device).repeat(len(rows), 1, 1)
         status = torch.zeros(batch, dtype=torch.int64, device=z.device)
         level = objective(residual, z).abs() if isinstance(residual, Gradient) else rows.new_zeros(len(rows))
@@ -87,7 +87,7 @@ class Newton(IterativeSolver):
         due = state.left <= 0
         state = self._factored(residual, z, state, due)
         regular = state.status.reshape(-1) == Status.SUCCESS
-        right = -_rows(residual, residual(z)).unsqueeze(-1).to(state.lu.dtype)
+        right = -residual.rows(residual(z)).unsqueeze(-1).to(state.lu.dtype)
         move = torch.linalg.lu_solve(state.lu, state.pivots, right).squeeze(-1)
         move = torch.where(regular[:, None], move, 0).to(z.dtype).reshape(z.shape)
         trial, enough = self._search(residual, z, move, regular.reshape(state.status.shape))
@@ -130,7 +130,7 @@ class Newton(IterativeSolver):
         broken = ~hessian.isfinite().all(-1).all(-1)
         active = ~broken if residual.active is None else residual.active.reshape(-1) & ~broken
         hessian = torch.where(active[:, None, None], hessian, torch.eye(hessian.shape[-1]).to(hessian))
-        direction = torch.where(active[:, None], downhill(gradient, hessian, _rows(residual, z)), 0)
+        direction = torch.where(active[:, None], downhill(gradient, hessian, residual.rows(z)), 0)
         search = LineSearch(residual, z, direction, torch.ones_like(state.level), state.level)
         status = torch.where(broken, int(Status.NONFINITE), search_status(search, ~search.found))
         level = torch.maximum(state.level, search.value.abs())
@@ -175,7 +175,3 @@ def downhill(gradient: Tensor, hessian: Tensor, z: Tensor) -> Tensor:
     away = torch.where(components[:, 0] > 0, -reach, reach)
     move = torch.cat([torch.where(leave, away, move[:, 0]).unsqueeze(-1), move[:, 1:]], dim=-1)
     return direction.index_put((indefinite,), (vectors @ move.unsqueeze(-1)).squeeze(-1))
-
-
-def _rows(residual: Residual, tensor: Tensor) -> Tensor:
-    return tensor.reshape(tensor.shape[: residual.problem.batch_dims].numel(), -1)

@@ -115,7 +115,7 @@ class TrustRegion(IterativeSolver):
         """The step ``(samples, n)`` that (nearly) minimizes the model within the radius."""
 
     def init(self, residual: Residual, z: Tensor) -> Region:
-        rows = at_least_float32(_rows(residual, z))
+        rows = at_least_float32(residual.rows(z.detach()))
         status = torch.zeros(z.shape[: residual.problem.batch_dims], dtype=torch.int64, device=z.device)
         return Region(torch.zeros_like(rows), torch.full_like(rows[:, 0], torch.inf), status)
 
@@ -140,7 +140,7 @@ class TrustRegion(IterativeSolver):
         jacobian = torch.where(active[:, None, None], jacobian, torch.eye(*jacobian.shape[1:]).to(jacobian))
         scale = torch.maximum(state.scale, jacobian.detach().norm(dim=1))
         scale = torch.where(scale > 0, scale, 1)
-        model, start = Model.of(value, jacobian / scale[:, None]), _rows(residual, z)
+        model, start = Model.of(value, jacobian / scale[:, None]), residual.rows(z.detach())
         radius = self._radius(state, model, scale * start)
         move = torch.where(active[:, None], self.propose(model, radius), 0)
         trial = z + (move / scale).to(z.dtype).reshape(z.shape)
@@ -226,10 +226,6 @@ def _moved(residual: Residual, z: Tensor, trial: Tensor, taken: Tensor, before: 
     if before is not None:
         residual.remember(moved, torch.where(taken, residual(trial), before))
     return moved
-
-
-def _rows(residual: Residual, z: Tensor) -> Tensor:
-    return z.detach().reshape(z.shape[: residual.problem.batch_dims].numel(), -1)
 
 
 def _product(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from difflayers._adjoint import Adjoint
+from difflayers._arrays import finite
 from difflayers._autodiff import in_functorch, is_legacy_batched, is_tracked, without_autocast
 from difflayers._monitor import watch
 from difflayers._problem import Problem, closure_names
@@ -104,7 +105,7 @@ class _Call:
         rtol, atol = adjoint.tolerances(self.solver)
         run = Backward(problem, (rtol, atol, adjoint.max_steps, adjoint.seminorm), value, outputs, params, wanted)
         # A tape on which samples that have failed can't poison the others: zero times NaN is NaN.
-        finite = torch.autograd.graph.saved_tensors_hooks(_finite, lambda t: t) if self.failed else nullcontext()
+        hooks = torch.autograd.graph.saved_tensors_hooks(finite, lambda t: t) if self.failed else nullcontext()
         # Nobody knows the error of a method of fixed step.
         forward = _tolerances(self.solver) if getattr(self.solver, "adaptive", True) else (1e-3, 1e-3)
         allowed = max(rtol, forward[0]), max(atol, forward[1])
@@ -115,7 +116,7 @@ class _Call:
             status = torch.where(gap <= adjoint.drift, int(Status.SUCCESS), int(Status.STALLED)).to(torch.int8)
             return Solution(found, status, run.stats | {"gap": gap})
 
-        with without_autocast(value.device), finite:
+        with without_autocast(value.device), hooks:
             solution = watch("adjoint", run.engine, solve)
         self._report(solution)
         found: list[Tensor] = solution.value
@@ -174,10 +175,6 @@ def _tolerances(solver: Solver) -> tuple[float, float]:
     if not getattr(solver, "adaptive", True):
         return 0.0, 0.0
     return getattr(solver, "rtol", 0.0), getattr(solver, "atol", 0.0)
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    return torch.where(tensor.isfinite(), tensor, 0) if tensor.is_floating_point() or tensor.is_complex() else tensor
 
 
 def _refuse_closures(problem: InitialValueProblem, params: Sequence[Tensor]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from difflayers._adjoint import Adjoint
+from difflayers._arrays import finite
 from difflayers._autodiff import (
     batch_levels,
     in_functorch,
@@ -238,11 +239,7 @@ def _tolerating_failure(call: Call) -> AbstractContextManager[Any]:
     """A tape on which samples that have failed can't poison the others: zero times NaN is NaN."""
     if not call.failed or in_functorch():
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_finite, lambda t: t)
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    return torch.where(tensor.isfinite(), tensor, 0) if tensor.is_floating_point() or tensor.is_complex() else tensor
+    return torch.autograd.graph.saved_tensors_hooks(finite, lambda t: t)
 
 
 def _looks_ahead(call: Call, params: Sequence[Tensor]) -> bool:
