@@ -50,7 +50,7 @@ class _Monotone(nn.Module):
         self.adjoint = adjoint or ImplicitAdjoint()
         self._checked: dict[int, set[Any]] = {}
 
-    def forward(self, x: Tensor, init: Any = None) -> Tensor:
+    def forward(self, x: Tensor, *, init: Any = None) -> Tensor:
         """The equilibrium for the input ``x``; ``init`` starts the solve (default: zeros)."""
         value: Tensor = self.solve(x, init=init).value
         return value
@@ -60,7 +60,7 @@ class _Monotone(nn.Module):
         object.__setattr__(function, "_checked", self._checked.setdefault(problem.batch_dims, set()))
         return function
 
-    def solve(self, x: Tensor, init: Any = None, progress: bool = False) -> Solution:
+    def solve(self, x: Tensor, *, init: Any = None, progress: bool = False) -> Solution:
         """The equilibrium with status and statistics, its value on the graph; with a bar if ``progress``."""
         raise NotImplementedError
 
@@ -118,7 +118,7 @@ class MonotoneDEQ(_Monotone):
         eye = torch.eye(self.A.shape[0], dtype=self.A.dtype, device=self.A.device)
         return (1 - self.margin) * eye - self.A.mT @ self.A + self.B - self.B.mT
 
-    def solve(self, x: Tensor, init: Any = None, progress: bool = False) -> Solution:
+    def solve(self, x: Tensor, *, init: Any = None, progress: bool = False) -> Solution:
         """The equilibrium with status and statistics, its value on the graph; with a bar if ``progress``."""
         batch = x.shape[:-1]
         offset = spare(self.injection, (x.reshape(batch.numel(), x.shape[-1]),))
@@ -170,7 +170,7 @@ class MonotoneConvDEQ(_Monotone):
         self.B = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self._function(ConvolutionProblem(margin=margin))
 
-    def solve(self, x: Tensor, init: Any = None, progress: bool = False) -> Solution:
+    def solve(self, x: Tensor, *, init: Any = None, progress: bool = False) -> Solution:
         """The equilibrium with status and statistics, its value on the graph; with a bar if ``progress``."""
         size = self.A.shape[-1]
         if min(x.shape[-2:]) < size:

@@ -76,7 +76,7 @@ class MultiscaleDEQ(nn.Module):
         cell = MultiscaleCell(self.channels, groups, dropout)
         self.deq = DEQ(cell, solver=solver, adjoint=adjoint, on_failure=on_failure, start=cell.start)
 
-    def forward(self, x: Tensor, init: Sequence[Tensor] | Solution | None = None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, *, init: Sequence[Tensor] | Solution | None = None) -> tuple[Tensor, ...]:
         """The states, finest first; ``init`` as in :meth:`solve`."""
         states: tuple[Tensor, ...] = self.solve(x, init=init).value
         return states
@@ -84,6 +84,7 @@ class MultiscaleDEQ(nn.Module):
     def solve(
         self,
         x: Tensor,
+        *,
         init: Sequence[Tensor] | Solution | None = None,
         at: Sequence[int] = (),
         progress: bool = False,
@@ -96,7 +97,7 @@ class MultiscaleDEQ(nn.Module):
         return self.deq.solve(self._injection(x), init=init, at=at, progress=progress)
 
     def jacobian_penalty(
-        self, solution: Equilibrium, x: Tensor, samples: int = 1, generator: Generator | None = None
+        self, solution: Equilibrium, x: Tensor, *, samples: int = 1, generator: Generator | None = None
     ) -> Tensor:
         """How far from a contraction the cell is, ``(batch,)``; see :meth:`DEQ.jacobian_penalty`."""
         return self.deq.jacobian_penalty(solution, self._injection(x), samples=samples, generator=generator)
