@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -279,8 +280,7 @@ def check_independence(fn: Callable[[Any], Any], init: Any, batch_dims: int) -> 
         outputs = rows.shape[1]
         return rows
 
-    # Hooks of its own: a checkpoint counts what a call saves, and only the first call comes by here.
-    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+    with torch.no_grad(), _unseen():
         pullback = pull(flat, [leaf.detach() for leaf in leaves])
         cotangent = leaves[0].new_zeros(samples, outputs)
         cotangent[0] = torch.linspace(1, 2, outputs, dtype=cotangent.dtype, device=cotangent.device)
@@ -295,6 +295,18 @@ def check_independence(fn: Callable[[Any], Any], init: Any, batch_dims: int) -> 
                 "unknown of others (batch statistics? a graph's nodes as rows?); use batch_dims=0, or normalize per "
                 "sample"
             )
+
+
+def _unseen() -> AbstractContextManager[Any]:
+    """A checkpoint outside counts what a call saves, and only the first call is checked: so none of it shows.
+
+    There are no hooks where nobody looks, as ``torch.func`` inside of ``fn`` can't have them.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("only to know whether there are any"):
+            return nullcontext()
+    except RuntimeError:
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def closure_names(fn: Any) -> list[str]:

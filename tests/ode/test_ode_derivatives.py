@@ -13,7 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 from difflayers import UnrolledAdjoint
 from difflayers.errors import ProblemError
-from difflayers.ode import RK4, Bosh3, CheckpointedAdjoint, Dopri5, Dopri8, Kvaerno5, ODELayer, Tsit5, odeint
+from difflayers.ode import (
+    RK4,
+    BacksolveAdjoint,
+    Bosh3,
+    CheckpointedAdjoint,
+    Dopri5,
+    Dopri8,
+    Kvaerno5,
+    ODELayer,
+    Tsit5,
+    odeint,
+)
 
 TIGHT = [Bosh3(rtol=1e-8, atol=1e-8), *[kind(rtol=1e-11, atol=1e-11) for kind in (Dopri5, Tsit5, Dopri8)]]
 SOLVERS = [*TIGHT, RK4(step_size=0.01)]
@@ -257,6 +268,28 @@ def test_checkpointing():
 
     ys = odeint(inside, inputs[0], T, inputs[1:], solver=TIGHT[1]).ys
     assert_close(torch.autograd.grad(ys.pow(2).sum(), inputs), expected)
+
+
+@pytest.mark.parametrize("adjoint", [*ADJOINTS, BacksolveAdjoint(rtol=1e-11, atol=1e-11)], ids=repr)
+def test_field_that_is_itself_a_derivative(adjoint):
+    """The gradient of an energy, by torch.func inside of fn."""
+
+    def energy(y, A):
+        return 0.5 * ((y @ A) * y).sum() + 0.25 * y.pow(4).sum()
+
+    def descends(t, y, A):
+        return -grad(energy)(y, A)
+
+    def by_hand(t, y, A):
+        return -0.5 * y @ (A + A.mT) - y**3
+
+    inputs = wanting((torch.randn(3, 2), torch.randn(2, 2)))
+    answers = [
+        odeint(fn, inputs[0], T, inputs[1:], batch_dims=1, solver=TIGHT[1], adjoint=rule).ys
+        for fn, rule in ((descends, adjoint), (by_hand, None))
+    ]
+    assert_close(*answers)
+    assert_close(*(torch.autograd.grad(ys.pow(2).sum(), inputs) for ys in answers))
 
 
 def test_kept_states_are_bounded():
