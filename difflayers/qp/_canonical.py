@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,19 +48,15 @@ class Canonical:
 
 
 def canonicalized(problem: Any, parameters: Sequence[Any], variables: Sequence[Any], *, gp: bool) -> Canonical:
-    """By CVXPY, as for Clarabel, with quadratic objectives as they are.
-
-    Raises:
-        ProblemError: it has a cone that we haven't.
-    """
+    """By CVXPY, as for Clarabel, with quadratic objectives as they are."""
     import cvxpy
 
     # A problem of its own: what CVXPY remembers of one may ask for values of parameters the next time.
-    own = cvxpy.Problem(problem.objective, problem.constraints)
-    made, chain, inverse = own.get_problem_data(cvxpy.CLARABEL, gp=gp, solver_opts={"use_quad_obj": True})
+    own, options = cvxpy.Problem(problem.objective, problem.constraints), {"use_quad_obj": True}
+    made, chain, inverse = own.get_problem_data(cvxpy.CLARABEL, gp=gp, solver_opts=options)
+    if made["param_prob"].cone_dims.pnd:
+        made, chain, inverse = own.get_problem_data(_without_long_powers(), gp=gp, solver_opts=options)
     program = made["param_prob"]
-    if program.cone_dims.pnd:
-        raise ProblemError("the problem has a power cone of more than three entries; write it with PowCone3D")
     direct = getattr(program, "dir_cones", None)  # since CVXPY 1.9.3
     if program.lower_bounds is not None or program.upper_bounds is not None or direct:
         raise ProblemError("CVXPY kept bounds apart from the constraints; write them as constraints")
@@ -81,6 +77,22 @@ def canonicalized(problem: Any, parameters: Sequence[Any], variables: Sequence[A
     blocks = {name: Block.of(*entries) for name, entries in smaller.blocks.items()}
     data = AffineMap(blocks, tuple(_sources(program, chain.reductions, parameters)), len(smaller.unknowns))
     return Canonical(cones, data, tuple(_renumbered(s, smaller) for s in selections))
+
+
+def _without_long_powers() -> Any:
+    """CVXPY's Clarabel, but power cones of more than three entries are made of those with three."""
+    from cvxpy.constraints import PowConeND
+    from cvxpy.reductions.solvers.conic_solvers.clarabel_conif import CLARABEL
+
+    class Target(CLARABEL):  # type: ignore[misc]
+        SUPPORTED_CONSTRAINTS: ClassVar[list[type]] = [
+            cone for cone in CLARABEL.SUPPORTED_CONSTRAINTS if cone is not PowConeND
+        ]
+
+        def name(self) -> str:
+            return "DIFFLAYERS"
+
+    return Target()
 
 
 def _renumbered(selection: Selection, smaller: Presolved) -> Selection:

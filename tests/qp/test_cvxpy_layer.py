@@ -104,8 +104,37 @@ def power_cone():
     return Case(cp.Minimize(cp.sum_squares(x - a)), [cone], [a], [x], [random(4, 3)])
 
 
+def long_power_cones(axis):
+    """Two of them, in columns or in rows."""
+    shape = (2, 4) if axis else (4, 2)
+    W, z, a, limit = cp.Variable(shape), cp.Variable(2), cp.Parameter(shape), cp.Parameter()
+    exponents = np.array([[0.125, 0.5, 0.25, 0.125], [0.25, 0.25, 0.375, 0.125]])
+    cone = cp.PowConeND(W, z, exponents if axis else exponents.T, axis=axis)
+    total = cp.sum(W) <= limit
+    objective = cp.Minimize(cp.sum_squares(W - a) - cp.sum(z))
+    variables = [W, z, total.dual_variables[0], *cone.dual_variables]
+    return Case(objective, [cone, total], [a, limit], variables, [random(4, *shape), 3 + random(4).abs()])
+
+
+def long_power_cones_in_columns():
+    return long_power_cones(0)
+
+
+def long_power_cones_in_rows():
+    return long_power_cones(1)
+
+
+def geometric_mean():
+    """By a power cone of five entries."""
+    x, price = cp.Variable(5), cp.Parameter(5, pos=True)
+    budget = price @ x <= 1
+    objective = cp.Maximize(cp.geo_mean(x, [1, 2, 3, 1.5, 0.5], approx=False))
+    return Case(objective, [budget], [price], [x, budget.dual_variables[0]], [0.5 + random(4, 5).abs()])
+
+
 CASES = [
     l1_fit, dual_program, geometric_program, second_order, nearest_correlation, matrix_inequality, entropy, power_cone,
+    long_power_cones_in_columns, long_power_cones_in_rows, geometric_mean,
 ]  # fmt: skip
 
 
@@ -146,7 +175,9 @@ def test_gradients_are_those_of_central_differences(make):
     assert abs(ours - numeric) <= 1e-8 * (1 + abs(numeric))
 
 
-@pytest.mark.parametrize("make", [l1_fit, geometric_program, second_order, nearest_correlation], ids=ids)
+@pytest.mark.parametrize(
+    "make", [l1_fit, geometric_program, second_order, nearest_correlation, geometric_mean], ids=ids
+)
 def test_derivatives_of_every_order_and_mode(make):
     case = make()
     layer, values = case.layer(), [value[:2] for value in case.values]
