@@ -17,12 +17,11 @@ from difflayers._arguments import Arguments, with_parameters
 from difflayers._arrays import Packing, check_devices, to_tensors, uses_numpy
 from difflayers._autodiff import Autocast, in_functorch, without_autocast
 from difflayers._monitor import watch
-from difflayers._problem import Form, Problem, Residual, RootProblem
+from difflayers._problem import DerivedProblem, Problem, Residual, RootProblem
 from difflayers._progress import showing
 from difflayers._solution import OnFailure, Solution, check_status
 from difflayers._solver import Solver, mask_failed
 from difflayers.errors import ProblemError
-from difflayers.linear import Property
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class _Posed:
 
 
 @dataclass(frozen=True)
-class _Flat(Problem):
+class _Flat(DerivedProblem):
     """A problem on one packed unknown and a row of tensors, module parameters first."""
 
     base: RootProblem
@@ -194,22 +193,6 @@ class _Flat(Problem):
     arguments: Arguments
     autocast: Autocast
     start: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def batch_dims(self) -> int:  # type: ignore[override]
-        return self.base.batch_dims
-
-    @property
-    def properties(self) -> frozenset[Property]:  # type: ignore[override]
-        return self.base.properties
-
-    @property
-    def form(self) -> Form:  # type: ignore[override]
-        return self.base.form
-
-    @property
-    def residual_type(self) -> type[Residual]:  # type: ignore[override]
-        return self.base.residual_type
 
     @property
     def function(self) -> Callable[..., Any]:

@@ -201,14 +201,14 @@ class RootProblem(Problem):
 
 
 @dataclass(frozen=True)
-class _Vmapped(Problem):
+class DerivedProblem(Problem):
+    """The condition of another problem, posed otherwise."""
+
     base: Problem
-    in_dims: tuple[int | None, ...]
-    randomness: str
 
     @property
     def batch_dims(self) -> int:  # type: ignore[override]
-        return self.base.batch_dims + 1
+        return self.base.batch_dims
 
     @property
     def properties(self) -> frozenset[Property]:  # type: ignore[override]
@@ -221,6 +221,16 @@ class _Vmapped(Problem):
     @property
     def residual_type(self) -> type[Residual]:  # type: ignore[override]
         return self.base.residual_type
+
+
+@dataclass(frozen=True)
+class _Vmapped(DerivedProblem):
+    in_dims: tuple[int | None, ...]
+    randomness: str
+
+    @property
+    def batch_dims(self) -> int:  # type: ignore[override]
+        return self.base.batch_dims + 1
 
     def bind(self, *params: Any) -> Residual:
         def evaluate(z: Tensor) -> Tensor:
