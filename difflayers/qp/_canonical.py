@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,13 +81,15 @@ def canonicalized(problem: Any, parameters: Sequence[Any], variables: Sequence[A
 
 def _without_long_powers() -> Any:
     """CVXPY's Clarabel, but power cones of more than three entries are made of those with three."""
-    from cvxpy.constraints import PowConeND
+    from cvxpy.constraints.power import PowConeND
     from cvxpy.reductions.solvers.conic_solvers.clarabel_conif import CLARABEL
 
-    class Target(CLARABEL):  # type: ignore[misc]
-        SUPPORTED_CONSTRAINTS: ClassVar[list[type]] = [
-            cone for cone in CLARABEL.SUPPORTED_CONSTRAINTS if cone is not PowConeND
-        ]
+    class Target(CLARABEL):
+        def __init__(self) -> None:
+            super().__init__()
+            self.SUPPORTED_CONSTRAINTS = [
+                cone for cone in CLARABEL.SUPPORTED_CONSTRAINTS if not issubclass(cone, PowConeND)
+            ]
 
         def name(self) -> str:
             return "DIFFLAYERS"
