@@ -33,7 +33,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|np|numpy|scipy|collections|contextlib|dataclasses|typing|types|abc|enum)\..*"),
     (r"py:.*", r"(bool|bytes|callable|dict|float|frozenset|int|list|object|set|slice|str|tuple|type|None|\.\.\.)"),
     # Types in signatures that are nobody's business outside: whatever is public is found under its public name first.
-    (r"py:.*", r"difflayers\.(\w+\.)*_\w+\.\w+|View"),
+    (r"py:.*", r"difflayers\.(\w+\.)*_\w+\.\w+|View|Explain"),
     (r"py:.*", r"(.*Error|.*Warning|Any|Callable|Iterator|Literal|Mapping|NDArray|Self|Sequence|Tensor|TypeVar)"),
     (r"py:.*", r"(Axes|Figure)"),  # matplotlib's
 ]

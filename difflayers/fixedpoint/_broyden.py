@@ -38,6 +38,11 @@ class Broyden(IterativeSolver):
     locally superlinear (Broyden 1965; Kelley 1995, chapter 7). It starts from ``H = -I``, which suits fixed points, and
     forgets everything after ``memory`` updates. What it learnt is a preconditioner for adjoints. Memory: ``2 · memory``
     states, whatever ``max_steps``, until the backward pass.
+
+    Args:
+        memory: updates before it forgets them all.
+
+    Further options are those of :class:`~difflayers.IterativeSolver`.
     """
 
     memory: int = 60

@@ -74,6 +74,8 @@ class LBFGS(IterativeSolver):
 
     Args:
         memory: pairs of steps and gradients that are remembered.
+
+    Further options are those of :class:`~difflayers.IterativeSolver`.
     """
 
     max_steps: int = 500

@@ -19,6 +19,11 @@ class Picard(IterativeSolver):
 
     Converges linearly where the spectral radius of ``∂f/∂z`` is below one. For a root problem it follows ``F``
     itself, ``z <- z + damping · F(z)``.
+
+    Args:
+        damping: below one for shorter steps, where the iteration oscillates.
+
+    Further options are those of :class:`~difflayers.IterativeSolver`.
     """
 
     damping: float = 1.0
@@ -37,6 +42,12 @@ class Anderson(IterativeSolver):
     """Anderson acceleration (type II): the combination of the last ``memory`` iterates with the least residual.
 
     On linear maps it is GMRES in disguise (Walker and Ni 2011). Memory: ``2 · memory`` states, whatever ``max_steps``.
+
+    Args:
+        memory: how many iterates are combined.
+        damping: of the combined residual that is added to the combined iterate.
+
+    Further options are those of :class:`~difflayers.IterativeSolver`.
     """
 
     memory: int = 8

@@ -45,6 +45,8 @@ class Newton(IterativeSolver):
         refactor: steps that one Jacobian and its factorization serve, for roots: 1 is Newton's method, more is the
             chord method, which converges linearly at a fraction of the cost (Shamanskii 1967). A step that doesn't
             decrease ``‖F‖`` asks for a new one.
+
+    Further options are those of :class:`~difflayers.IterativeSolver`.
     """
 
     max_steps: int = 50

@@ -115,12 +115,7 @@ class MonotoneProblem(FixedPointProblem):
 
 @dataclass(frozen=True)
 class Splitting(IterativeSolver):
-    """What both splittings share: a step size, and a problem in which they can see ``W``.
-
-    Args:
-        step_size: ``α``; None is the one of a dozen with the least proven contraction factor, at the cost of as many
-            factorizations a solve. For layers of many hundred units give a number.
-    """
+    """What both splittings share: a step size, and a problem in which they can see ``W``."""
 
     max_steps: int = 2000
     patience: int = field(default=2000, kw_only=True)
@@ -154,6 +149,12 @@ class ForwardBackward(Splitting):
 
     Needs products with ``W`` only; converges for ``α`` below ``2m/‖I - W‖²``, slowly where ``‖I - W‖`` is far above the
     margin ``m`` (Winston and Kolter 2020, section 3.3).
+
+    Args:
+        step_size: ``α``; None is the one of a dozen with the least proven contraction factor, at the cost of as many
+            factorizations a solve. For layers of many hundred units give a number.
+
+    Further options are those of :class:`~difflayers.IterativeSolver`.
     """
 
     max_steps: int = 20_000
@@ -177,6 +178,12 @@ class PeacemanRachford(Splitting):
     With ``V = (I + α (I - W))⁻¹``, factorized once per solve: ``h = 2z - u``, ``u <- 2V(h + αx) - h`` and
     ``z <- relu(u)``. Converges for every ``α > 0``, usually much faster than :class:`ForwardBackward` (Winston and
     Kolter 2020, section 3.3).
+
+    Args:
+        step_size: ``α``; None is the one of a dozen with the least proven contraction factor, at the cost of as many
+            factorizations a solve. For layers of many hundred units give a number.
+
+    Further options are those of :class:`~difflayers.IterativeSolver`.
     """
 
     def init(self, residual: Residual, z: Tensor) -> tuple[Tensor, ...]:

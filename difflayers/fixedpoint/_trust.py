@@ -171,6 +171,11 @@ class Dogleg(TrustRegion):
 
     One QR factorization per step and no inner iteration. The first choice for systems of up to a few hundred unknowns
     from rough starts; near a root with regular Jacobian it is Newton's method.
+
+    Args:
+        factor: the first radius, relative to the scaled norm of the start.
+
+    Further options are those of :class:`~difflayers.IterativeSolver`.
     """
 
     def propose(self, model: Model, radius: Tensor) -> Tensor:
@@ -193,6 +198,11 @@ class LevenbergMarquardt(TrustRegion):
 
     As in MINPACK (Moré 1978, The Levenberg-Marquardt algorithm), with QR factorizations of the Jacobian, not of its
     square. The first choice for least squares.
+
+    Args:
+        factor: the first radius, relative to the scaled norm of the start.
+
+    Further options are those of :class:`~difflayers.IterativeSolver`.
     """
 
     def propose(self, model: Model, radius: Tensor) -> Tensor:

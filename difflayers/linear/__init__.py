@@ -6,7 +6,7 @@ and :class:`Identity` (Jacobian-free backpropagation).
 """
 
 from difflayers.linear._auto import Auto
-from difflayers.linear._base import Factor, LinearSolution, LinearSolver
+from difflayers.linear._base import Factor, IterativeLinearSolver, LinearSolution, LinearSolver
 from difflayers.linear._direct import LU, LeastSquares
 from difflayers.linear._krylov import CG, GCR, GMRES, BiCGSTAB
 from difflayers.linear._operator import JacobianOperator, LinearOperator, MatrixOperator, Property
@@ -22,6 +22,7 @@ __all__ = [
     "BiCGSTAB",
     "Factor",
     "Identity",
+    "IterativeLinearSolver",
     "JacobianOperator",
     "LeastSquares",
     "LinearOperator",

@@ -72,9 +72,14 @@ class LinearSolver(ABC):
 class IterativeLinearSolver(LinearSolver):
     """A solver that needs products only and stops, per sample, at ``‖J x - b‖ <= atol + rtol ‖b‖``.
 
-    ``rtol=None`` is the tolerance of the solve whose derivative it serves; on its own, what the dtype allows with some
-    room (4e-11 in float64, 2e-5 in float32). Where rounding can make that false, the answer is confirmed by one more
-    product and improved; what then remains above the tolerance is ``STALLED``.
+    Where rounding can make that false, the answer is confirmed by one more product and improved; what then remains
+    above the tolerance is ``STALLED``.
+
+    Args:
+        rtol: relative tolerance; None is that of the solve whose derivative it serves, and on its own what the dtype
+            allows with some room (4e-11 in float64, 2e-5 in float32).
+        atol: absolute tolerance.
+        max_steps: steps before a sample is ``MAX_STEPS``.
     """
 
     rtol: float | None = None

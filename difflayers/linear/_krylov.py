@@ -16,7 +16,10 @@ Result = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class CG(IterativeLinearSolver):
-    """Conjugate gradients, for symmetric positive definite Jacobians (Hestenes and Stiefel 1952)."""
+    """Conjugate gradients, for symmetric positive definite Jacobians (Hestenes and Stiefel 1952).
+
+    Further options are those of :class:`IterativeLinearSolver`.
+    """
 
     def iterate(self, product: Product, rhs: Tensor, tolerance: Tensor) -> Result:
         x, r = torch.zeros_like(rhs), rhs
@@ -37,7 +40,10 @@ class CG(IterativeLinearSolver):
 
 @dataclass(frozen=True)
 class BiCGSTAB(IterativeLinearSolver):
-    """Stabilized biconjugate gradients: two products a step, a few vectors (van der Vorst 1992)."""
+    """Stabilized biconjugate gradients: two products a step, a few vectors (van der Vorst 1992).
+
+    Further options are those of :class:`IterativeLinearSolver`.
+    """
 
     def iterate(self, product: Product, rhs: Tensor, tolerance: Tensor) -> Result:
         x, r, shadow = torch.zeros_like(rhs), rhs, rhs
@@ -67,6 +73,8 @@ class GCR(IterativeLinearSolver):
     Residuals as small as those of GMRES, for less work per product. It breaks down
     where ``xᵀJx = 0``, which a contraction's ``A - I`` rules out. What is known of the inverse of the Jacobian it takes
     as a preconditioner. Keeps ``2 · memory`` vectors per sample.
+
+    Further options are those of :class:`IterativeLinearSolver`.
     """
 
     memory: int = 60
@@ -142,6 +150,8 @@ class GMRES(IterativeLinearSolver):
     """Generalized minimal residuals, restarted every ``restart`` products (Saad and Schultz 1986).
 
     Keeps ``restart + 1`` vectors per sample. ``max_steps`` counts products.
+
+    Further options are those of :class:`IterativeLinearSolver`.
     """
 
     restart: int = 40

@@ -52,7 +52,10 @@ class Identity(LinearSolver):
 
 @dataclass(frozen=True)
 class Picard(IterativeLinearSolver):
-    """The Neumann series, summed until it converges. Keeps one vector; needs a spectral radius below one."""
+    """The Neumann series, summed until it converges. Keeps one vector; needs a spectral radius below one.
+
+    Further options are those of :class:`IterativeLinearSolver`.
+    """
 
     requires: ClassVar[frozenset[Property]] = _FIXED_POINT
 
@@ -62,7 +65,10 @@ class Picard(IterativeLinearSolver):
 
 @dataclass(frozen=True)
 class Anderson(IterativeLinearSolver):
-    """Picard's iteration, accelerated from the last ``memory`` iterates."""
+    """Picard's iteration, accelerated from the last ``memory`` iterates.
+
+    Further options are those of :class:`IterativeLinearSolver`.
+    """
 
     memory: int = 8
     requires: ClassVar[frozenset[Property]] = _FIXED_POINT

@@ -133,21 +133,30 @@ class FixedStepSolver(OneStepSolver):
 
 @dataclass(frozen=True)
 class Euler(FixedStepSolver):
-    """Euler's method, of order 1."""
+    """Euler's method, of order 1.
+
+    Further options are those of :class:`FixedStepSolver`.
+    """
 
     tableau: ClassVar[Tableau] = EULER
 
 
 @dataclass(frozen=True)
 class Midpoint(FixedStepSolver):
-    """The explicit midpoint rule, of order 2 (Runge 1895)."""
+    """The explicit midpoint rule, of order 2 (Runge 1895).
+
+    Further options are those of :class:`FixedStepSolver`.
+    """
 
     tableau: ClassVar[Tableau] = MIDPOINT
 
 
 @dataclass(frozen=True)
 class RK4(FixedStepSolver):
-    """The classical method of order 4 (Kutta 1901)."""
+    """The classical method of order 4 (Kutta 1901).
+
+    Further options are those of :class:`FixedStepSolver`.
+    """
 
     tableau: ClassVar[Tableau] = CLASSICAL
 
@@ -188,27 +197,39 @@ class AdaptiveSolver(OneStepSolver):
 
 @dataclass(frozen=True)
 class Bosh3(AdaptiveSolver):
-    """Order 3 with an embedded 2 (Bogacki, Shampine 1989); cubic Hermite interpolant of order 3."""
+    """Order 3 with an embedded 2 (Bogacki, Shampine 1989); cubic Hermite interpolant of order 3.
+
+    Further options are those of :class:`AdaptiveSolver`.
+    """
 
     tableau: ClassVar[Tableau] = BOSH3
 
 
 @dataclass(frozen=True)
 class Dopri5(AdaptiveSolver):
-    """Order 5 with an embedded 4 (Dormand, Prince 1980); interpolant of order 4 (Shampine 1986)."""
+    """Order 5 with an embedded 4 (Dormand, Prince 1980); interpolant of order 4 (Shampine 1986).
+
+    Further options are those of :class:`AdaptiveSolver`.
+    """
 
     tableau: ClassVar[Tableau] = DOPRI5
 
 
 @dataclass(frozen=True)
 class Tsit5(AdaptiveSolver):
-    """Order 5 with an embedded 4 (Tsitouras 2011); interpolant of order 4."""
+    """Order 5 with an embedded 4 (Tsitouras 2011); interpolant of order 4.
+
+    Further options are those of :class:`AdaptiveSolver`.
+    """
 
     tableau: ClassVar[Tableau] = TSIT5
 
 
 @dataclass(frozen=True)
 class Dopri8(AdaptiveSolver):
-    """Order 8 with embedded 5 and 3: Hairer's DOP853; interpolant of order 7, at three evaluations more."""
+    """Order 8 with embedded 5 and 3: Hairer's DOP853; interpolant of order 7, at three evaluations more.
+
+    Further options are those of :class:`AdaptiveSolver`.
+    """
 
     tableau: ClassVar[Tableau] = DOP853

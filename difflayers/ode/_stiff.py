@@ -35,6 +35,8 @@ class Rodas(ImplicitSolver):
     of few numbers; with ``batch_dims=0`` the whole state is one sample. ``fn`` must be differentiable in ``y``, and in
     ``t`` where it uses it; for gradients, twice. With more than two output times, one evaluation more a step estimates
     the error of outputs inside.
+
+    Further options are those of :class:`AdaptiveSolver`.
     """
 
     tableau: ClassVar[Tableau] = RODAS5P
@@ -53,6 +55,8 @@ class Kvaerno5(ImplicitSolver):
 
     Args:
         newton: the part of the tolerance that may be left of the equations of a stage.
+
+    Further options are those of :class:`AdaptiveSolver`.
     """
 
     newton: float = 0.03

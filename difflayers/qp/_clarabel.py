@@ -33,6 +33,7 @@ class Clarabel(HostQPSolver):
     Args:
         tol: feasibility and duality gap, absolute and relative; the answer is polished afterwards.
         max_steps: iterations before a sample is ``MAX_STEPS``.
+        threads: how many samples at a time; None is ``torch.get_num_threads()``.
     """
 
     tol: float = 1e-9

@@ -32,6 +32,7 @@ class DAQP(HostQPSolver):
 
     Args:
         max_steps: iterations before a sample is ``MAX_STEPS``.
+        threads: how many samples at a time; None is ``torch.get_num_threads()``.
     """
 
     max_steps: int = 10_000
@@ -44,13 +45,11 @@ class DAQP(HostQPSolver):
         bounds = len(lower[0]) - layout.p - layout.m
         sense = np.zeros(len(lower[0]), dtype=np.int32)
         sense[bounds : bounds + layout.p] = _EQUATION
-        multipliers = []
-        for i in rows:
-            x, _, flag, info = solve(
-                samples.P[i], samples.q[i], matrices[i], upper[i], lower[i], sense, iter_limit=self.max_steps
-            )
-            results.x[i], results.steps[i] = x, info["iterations"]
-            results.status[i] = _STATUS.get(flag, Status.BACKEND_ERROR)
-            multipliers.append(info["lam"])
-        signed = np.stack(multipliers)
-        results.set_signed(slice(rows.start, rows.stop), signed[:, :bounds], signed[:, bounds:])
+        options = {"iter_limit": self.max_steps}
+        found = [solve(samples.P[i], samples.q[i], matrices[i], upper[i], lower[i], sense, **options) for i in rows]
+        x, _, flags, told = zip(*found, strict=True)
+        part = slice(rows.start, rows.stop)
+        results.x[part], results.steps[part] = x, [each["iterations"] for each in told]
+        results.status[part] = [_STATUS.get(flag, Status.BACKEND_ERROR) for flag in flags]
+        signed = np.array([each["lam"] for each in told])
+        results.set_signed(part, signed[:, :bounds], signed[:, bounds:])

@@ -28,6 +28,7 @@ class HiGHS(HostQPSolver):
     Args:
         tol: primal and dual feasibility; the answer is polished afterwards.
         max_steps: iterations before a sample is ``MAX_STEPS``; None is no limit.
+        threads: of no use here, since it keeps Python's lock.
 
     Raises:
         ProblemError: when it solves, if ``P`` isn't zero.

@@ -30,8 +30,7 @@ _STATUS = {
 
 @dataclass(frozen=True)
 class Moreau(QPSolver):
-    """A batched interior-point method (Nobel, Diamond, Barratt; moreau.so), for any convex QP, LPs included, and for
-    cone programs of every kind.
+    """A batched interior-point method (Nobel, Diamond, Barratt; moreau.so), for convex QPs, LPs and cone programs.
 
     Like Clarabel it takes every constraint as a row, and its multipliers are those of ``rows · x + s = limits``. A
     bound that is infinite becomes a row of zeros.

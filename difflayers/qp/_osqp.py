@@ -31,6 +31,7 @@ class OSQP(HostQPSolver):
     Args:
         tol: absolute and relative tolerance of the backend; the answer is polished afterwards.
         max_steps: iterations before a sample is ``MAX_STEPS``.
+        threads: how many samples at a time; None is ``torch.get_num_threads()``.
     """
 
     tol: float = 1e-7

@@ -19,6 +19,7 @@ class PIQP(HostQPSolver):
     Args:
         tol: absolute and relative tolerance of the backend; the answer is polished afterwards.
         max_steps: iterations before a sample is ``MAX_STEPS``.
+        threads: of no use here, since it keeps Python's lock.
     """
 
     tol: float = 1e-9

@@ -24,6 +24,7 @@ class ProxQP(HostQPSolver):
     Args:
         tol: absolute tolerance of the backend; the answer is polished afterwards.
         max_steps: outer iterations before a sample is ``MAX_STEPS``.
+        threads: how many samples at a time; None is ``torch.get_num_threads()``.
     """
 
     tol: float = 1e-9
