@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 
 import torch
@@ -80,3 +81,38 @@ class Report:
         headings = f"work|{peer}|difflayers|floor|where the time goes|asked|reached|met"
         rows = [(*map(str, astuple(goal)[:-1]), "yes" if goal.met else "no") for goal in self.goals]
         self.table(f"Summary: {sum(g.met for g in self.goals)} of {len(rows)} met", headings, rows)
+
+
+Part = Callable[[Report], None]
+
+
+def run(
+    parts: Mapping[str, Part], description: str | None, peer: str, *, silenced: str = "", backends: bool = False
+) -> None:
+    """The parts that the command line asks for, all by default, and a summary.
+
+    Args:
+        parts: by name.
+        description: of the whole benchmark, for ``--help``.
+        peer: the heading of whom the summary compares with.
+        silenced: modules whose warnings nobody needs to see, as a regular expression.
+        backends: whether there is a row for every backend of ours, by choice.
+    """
+    if silenced:
+        warnings.filterwarnings("ignore", module=silenced)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=parts, metavar="NAME", help=", ".join(parts))
+    if backends:
+        parser.add_argument("--backends", action="store_true", help="every backend of ours is a row")
+    report = Report.from_command_line(parser)
+    for name, part in parts.items():
+        if not report.only or name in report.only:
+            part(report)
+    if report.goals:
+        report.summary(peer)
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds, in three digits or so."""
+    digits = 1 if seconds >= 0.01 else 2 if seconds >= 1e-3 else 3
+    return f"{seconds * 1e3:.{digits}f} ms"

@@ -6,8 +6,6 @@ why. Single parts: ``--only l1`` (or dual, geometric, lasso, correlation, logist
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -15,7 +13,7 @@ from _cone_measure import Comparison, Result, compare, floor, installed, missing
 from _cone_peers import DEFAULT, MOREAU
 from _cone_problems import Case, correlation, dual, geometric, l1, lasso, logistic
 from _qp_measure import Floor, wall
-from _report import Goal, Report
+from _report import Goal, Part, Report, ms, run
 
 OURS, ERROR = "difflayers", 1e-8
 
@@ -56,10 +54,10 @@ def _table(report: Report, case: Case, comparison: Comparison, least: Floor) -> 
         rows.append(
             (
                 name,
-                _ms(result.total),
+                ms(result.total),
                 "" if mine is None else f"{result.total / mine.total:.2f}",
-                _ms(least.total) if own else "",
-                f"{_ms(least.backend)} + {_ms(least.factorization)}" if own else "",
+                ms(least.total) if own else "",
+                f"{ms(least.backend)} + {ms(least.factorization)}" if own else "",
                 f"{result.variable_error:.0e}",
                 f"{result.gradient_error:.0e}",
             )
@@ -80,9 +78,9 @@ def _goal(report: Report, case: Case, peer: tuple[str, Result], mine: Result, le
     report.goal(
         Goal(
             f"{case.name}: forward + backward",
-            f"{_ms(other.total)}, gradient {other.gradient_error:.0e} ({name})",
-            f"{_ms(mine.total)}, gradient {mine.gradient_error:.0e}",
-            f"{_ms(least.total)} ({other.total / least.total:.1f}×)",
+            f"{ms(other.total)}, gradient {other.gradient_error:.0e} ({name})",
+            f"{ms(mine.total)}, gradient {mine.gradient_error:.0e}",
+            f"{ms(least.total)} ({other.total / least.total:.1f}×)",
             _where(mine, least),
             f"≥ {asked:g}×",
             f"{ratio:.2f}×",
@@ -98,10 +96,6 @@ def _where(mine: Result, least: Floor) -> str:
     return f"backend {backend:.0%}, factorization {factor:.0%}, rest {1 - backend - factor:.0%}"
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds < 0.01 else f"{seconds * 1e3:.1f} ms"
-
-
 def threads(report: Report) -> None:
     """Wall-clock time with one thread and with two."""
     case = lasso()
@@ -111,15 +105,15 @@ def threads(report: Report) -> None:
         run()
         least[count] = wall(run, 3 if report.quick else 10)
     torch.set_num_threads(1)
-    rows = [(str(count), _ms(seconds)) for count, seconds in least.items()]
+    rows = [(str(count), ms(seconds)) for count, seconds in least.items()]
     report.table(f"{case.name}, wall-clock time", "threads|forward + backward", rows)
     ratio = least[1] / least[2]
-    found = f"{_ms(least[1])}, {_ms(least[2])}"
+    found = f"{ms(least[1])}, {ms(least[2])}"
     work = f"{case.name}: two threads, wall clock"
     report.goal(Goal(work, "", found, "", "", "≥ 1.6×", f"{ratio:.2f}×", ratio >= 1.6))
 
 
-PARTS: dict[str, Callable[[Report], None]] = {
+PARTS: dict[str, Part] = {
     "l1": lambda report: readme(report, l1),
     "dual": lambda report: readme(report, dual),
     "geometric": lambda report: readme(report, geometric),
@@ -130,17 +124,5 @@ PARTS: dict[str, Callable[[Report], None]] = {
 }
 
 
-def main() -> None:
-    warnings.filterwarnings("ignore", module="cvxpy|cvxpylayers|diffcp")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=PARTS, metavar="NAME", help=", ".join(PARTS))
-    report = Report.from_command_line(parser)
-    for name, part in PARTS.items():
-        if not report.only or name in report.only:
-            part(report)
-    if report.goals:
-        report.summary("peer")
-
-
 if __name__ == "__main__":
-    main()
+    run(PARTS, __doc__, "peer", silenced="cvxpy|cvxpylayers|diffcp")

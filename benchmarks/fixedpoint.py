@@ -6,7 +6,6 @@ why. Single parts: ``--only conv`` (or multiscale, tanh, linear, counts, overhea
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,7 +16,7 @@ import roots
 import torch
 from _cells import Case
 from _measure import Comparison, Counted, compare, examine, stopwatch, time_f
-from _report import Goal, Report
+from _report import Goal, Part, Report, run
 from peers import Method, torchdeq_approximate, torchdeq_exact
 from torch import Tensor, nn
 
@@ -263,7 +262,7 @@ def _forward(case: Case, cell: nn.Module, kind: type[Anderson] | type[Picard], *
     return run
 
 
-PARTS: dict[str, Callable[[Report], None]] = {
+PARTS: dict[str, Part] = {
     "conv": conv,
     "multiscale": multiscale,
     "tanh": tanh,
@@ -275,15 +274,5 @@ PARTS: dict[str, Callable[[Report], None]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=PARTS, metavar="NAME", help=", ".join(PARTS))
-    report = Report.from_command_line(parser)
-    for name, part in PARTS.items():
-        if not report.only or name in report.only:
-            part(report)
-    report.summary()
-
-
 if __name__ == "__main__":
-    main()
+    run(PARTS, __doc__, "torchdeq")

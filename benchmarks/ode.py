@@ -7,10 +7,8 @@ times.
 
 from __future__ import annotations
 
-import argparse
 import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +23,7 @@ from _ode_measure import Comparison, Floor, Result, compare, floor, least
 from _ode_peers import ADJOINT, TAPE, Method, Ours, installed, missing
 from _ode_problems import CASES, Case, lotka_volterra
 from _ode_stiff import CLASSICS, ROBERTSON, Stiff
-from _report import Goal, Report
+from _report import Goal, Part, Report, ms, run
 from torch import Tensor
 from tqdm import tqdm
 
@@ -64,7 +62,7 @@ def joint(report: Report, part: str) -> None:
     ):
         share = took / bound
         work = f"{case.name}: {what}, of the floor"
-        report.goal(Goal(work, "", _ms(took), _ms(bound), "", f"≤ {asked:g}×", f"{share:.2f}×", share <= asked))
+        report.goal(Goal(work, "", ms(took), ms(bound), "", f"≤ {asked:g}×", f"{share:.2f}×", share <= asked))
     if memory is not None and TAPE in comparison.results:
         theirs, kept = comparison.results[TAPE].tape or 0, result.tape or 1
         ratio = theirs / kept
@@ -99,9 +97,9 @@ def _against(
     report.goal(
         Goal(
             f"{case.name}: forward + backward",
-            f"{_ms(theirs.total)}, gradient {theirs.gradient_error:.0e} ({peer.removeprefix('torchdiffeq ')})",
-            f"{_ms(ours.total)}, gradient {ours.gradient_error:.0e} ({name.removeprefix('difflayers ')})",
-            f"{_ms(bound.total)} ({theirs.total / bound.total:.1f}×)",
+            f"{ms(theirs.total)}, gradient {theirs.gradient_error:.0e} ({peer.removeprefix('torchdiffeq ')})",
+            f"{ms(ours.total)}, gradient {ours.gradient_error:.0e} ({name.removeprefix('difflayers ')})",
+            f"{ms(bound.total)} ({theirs.total / bound.total:.1f}×)",
             where,
             f"≥ {asked:g}×",
             f"{ratio:.2f}×" + ("" if name == OURS else f" (default {default:.2f}×)"),
@@ -115,14 +113,14 @@ def _table(report: Report, case: Case, comparison: Comparison, bound: Floor) -> 
     rows = [
         (
             name,
-            _ms(result.forward),
-            _ms(result.total),
+            ms(result.forward),
+            ms(result.total),
             f"{result.gradient_error:.0e}",
             "" if result.tape is None else f"{result.tape / 2**20:.3f} MB",
         )
         for name, result in comparison.results.items()
     ]
-    rows.append(("floor", _ms(bound.forward), _ms(bound.total), "", ""))
+    rows.append(("floor", ms(bound.forward), ms(bound.total), "", ""))
     title = f"{case.name}, rtol {case.rtol:g}, atol {case.atol:g}"
     report.table(title, "method|forward|forward + backward|gradient error|kept for backward", rows)
     for name, reason in comparison.failed.items():
@@ -173,9 +171,9 @@ def stiff(report: Report) -> None:
     for what, took, asked in (("forward", ours[0], 0.3e-3), ("backward", ours[1], 1e-3)):
         work = f"{samples} × {ROBERTSON.system.name} at {ROBERTSON.system.rtol:g}: {what}, a sample"
         met = took <= asked
-        peer = "Radau {}, LSODA {}".format(*map(_ms, ours[2])) if what == "forward" else ""
-        report.goal(Goal(work, peer, _ms(took), _ms(ours[3]) if what == "forward" else "", "", f"≤ {asked * 1e3:g} ms",
-                         _ms(took), met))  # fmt: skip
+        peer = "Radau {}, LSODA {}".format(*map(ms, ours[2])) if what == "forward" else ""
+        report.goal(Goal(work, peer, ms(took), ms(ours[3]) if what == "forward" else "", "", f"≤ {asked * 1e3:g} ms",
+                         ms(took), met))  # fmt: skip
 
 
 def classics(report: Report) -> None:
@@ -200,14 +198,14 @@ def _stiff_rows(
     with torch.no_grad():
         steps = float(case.solution(solver, y0, p).stats["steps"].double().mean())
     bound = steps * _step_floor(case, samples, 3) / samples
-    table = [("difflayers Rodas", _ms(forward), _ms(total - forward), f"{case.end_error(ends.numpy(), samples):.0e}",
+    table = [("difflayers Rodas", ms(forward), ms(total - forward), f"{case.end_error(ends.numpy(), samples):.0e}",
               f"{error:.0e}")]  # fmt: skip
     peers = []
     for method in ("Radau", "LSODA"):
         took, end_error = case.scipy_loop(method, samples, count)
         peers.append(took)
-        table.append((f"SciPy {method}, {count} of them", _ms(took), "", f"{end_error:.0e}", ""))
-    table.append((f"floor of {steps:.0f} steps", _ms(bound), "", "", ""))
+        table.append((f"SciPy {method}, {count} of them", ms(took), "", f"{end_error:.0e}", ""))
+    table.append((f"floor of {steps:.0f} steps", ms(bound), "", "", ""))
     title = f"{samples} × {system.name}, rtol {system.rtol:g}, atol {system.atol:g}: a sample"
     report.table(title, "method|forward|backward|error of the end|gradient error", table)
     return forward, total - forward, (peers[0], peers[1]), bound
@@ -260,7 +258,7 @@ def _gradients(
     return {method: list(found) for method, found in zip(methods, zip(*rows, strict=True), strict=True)}
 
 
-PARTS: dict[str, Callable[[Report], None]] = {
+PARTS: dict[str, Part] = {
     **{name: lambda report, name=name: joint(report, name) for name in CASES},
     "rows": rows,
     "stiff": stiff,
@@ -269,22 +267,5 @@ PARTS: dict[str, Callable[[Report], None]] = {
 }
 
 
-def _ms(seconds: float) -> str:
-    digits = 1 if seconds >= 0.01 else 2 if seconds >= 1e-3 else 3
-    return f"{seconds * 1e3:.{digits}f} ms"
-
-
-def main() -> None:
-    warnings.filterwarnings("ignore", module="torchode|torchtyping|jax|diffrax|equinox")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=PARTS, metavar="NAME", help=", ".join(PARTS))
-    report = Report.from_command_line(parser)
-    for name, part in PARTS.items():
-        if not report.only or name in report.only:
-            part(report)
-    if report.goals:
-        report.summary("peer")
-
-
 if __name__ == "__main__":
-    main()
+    run(PARTS, __doc__, "peer", silenced="torchode|torchtyping|jax|diffrax|equinox")

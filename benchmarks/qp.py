@@ -7,10 +7,7 @@ why. Single parts: ``--only dense`` (or single, accuracy, sparse, threads, many,
 
 from __future__ import annotations
 
-import argparse
 import resource
-import warnings
-from collections.abc import Callable
 
 import torch
 from _measure import stopwatch
@@ -31,7 +28,7 @@ from _qp_measure import (
 from _qp_peers import PEERS, SPARSE_PEERS, Method, differentiated
 from _qp_problems import MARGIN, Case, dense
 from _qp_problems import sparse as sparse_case
-from _report import Goal, Report
+from _report import Goal, Part, Report, ms, run
 from tqdm import tqdm
 
 from difflayers.qp import DAQP, solve_qp
@@ -108,10 +105,10 @@ def _report_table(
         rows.append(
             (
                 name,
-                _ms(result.total),
+                ms(result.total),
                 "" if best is None else f"{best[1].total / result.total:.2f}",
-                _ms(own.total) if own else "",
-                f"{_ms(own.backend)} + {_ms(own.factorization)}" if own else "",
+                ms(own.total) if own else "",
+                f"{ms(own.backend)} + {ms(own.factorization)}" if own else "",
                 f"{result.x_error:.0e}",
                 f"{result.gradient_error:.0e}",
             )
@@ -143,9 +140,9 @@ def _ratio_goal(
     report.goal(
         Goal(
             f"{work}: forward + backward",
-            f"{_ms(peer.total)}, gradient {peer.gradient_error:.0e} ({against[0]})",
-            f"{_ms(result.total)}, gradient {result.gradient_error:.0e}",
-            f"{_ms(least.total)} ({peer.total / least.total:.1f}×)",
+            f"{ms(peer.total)}, gradient {peer.gradient_error:.0e} ({against[0]})",
+            f"{ms(result.total)}, gradient {result.gradient_error:.0e}",
+            f"{ms(least.total)} ({peer.total / least.total:.1f}×)",
             _where(result, least),
             f"≥ {asked:g}×",
             f"{ratio:.2f}×",
@@ -160,9 +157,9 @@ def _share_goal(report: Report, case: Case, comparison: Comparison, least: Floor
     report.goal(
         Goal(
             f"{case.name}: forward + backward",
-            f"{_ms(peer.total)}, gradient {peer.gradient_error:.0e} ({QPLAYER})",
-            f"{_ms(result.total)}, gradient {result.gradient_error:.0e}",
-            f"{_ms(least.total)} ({least.total / peer.total:.2f})",
+            f"{ms(peer.total)}, gradient {peer.gradient_error:.0e} ({QPLAYER})",
+            f"{ms(result.total)}, gradient {result.gradient_error:.0e}",
+            f"{ms(least.total)} ({least.total / peer.total:.2f})",
             _where(result, least),
             "≤ 0.5 of its time",
             f"{share:.2f}",
@@ -174,10 +171,6 @@ def _share_goal(report: Report, case: Case, comparison: Comparison, least: Floor
 def _where(result: Result, least: Floor) -> str:
     backend, factor = least.backend / result.total, least.factorization / result.total
     return f"backend {backend:.0%}, factorization {factor:.0%}, rest {1 - backend - factor:.0%}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds < 0.01 else f"{seconds * 1e3:.1f} ms"
 
 
 def accuracy(report: Report) -> None:
@@ -221,11 +214,11 @@ def _two_threads(report: Report, case: Case) -> None:
         run = differentiated(case, lambda *blocks, count=count: solve_qp(*blocks, solver=DAQP(threads=count)).x)
         run()
         least[count] = wall(run, 5 if report.quick else 25)
-        rows.append((str(count), _ms(least[count])))
+        rows.append((str(count), ms(least[count])))
     torch.set_num_threads(1)
     report.table(f"{case.name}, wall-clock time", "threads|forward + backward", rows)
     ratio = least[1] / least[2]
-    ours = f"{_ms(least[1])}, {_ms(least[2])}"
+    ours = f"{ms(least[1])}, {ms(least[2])}"
     report.goal(
         Goal(f"{case.name}: two threads, wall clock", "", ours, "", "", "≥ 1.6×", f"{ratio:.2f}×", ratio >= 1.6)
     )
@@ -292,7 +285,7 @@ def sparse(report: Report) -> None:
             _ratio_goal(report, f"{case.name}: {name}", comparison, name, best, asked, floors[name])
 
 
-PARTS: dict[str, Callable[[Report], None]] = {
+PARTS: dict[str, Part] = {
     "dense": dense_sizes,
     "single": single,
     "accuracy": accuracy,
@@ -303,18 +296,5 @@ PARTS: dict[str, Callable[[Report], None]] = {
 }
 
 
-def main() -> None:
-    warnings.filterwarnings("ignore", module="cvxpy|cvxpylayers|diffcp|jax|jaxopt")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=PARTS, metavar="NAME", help=", ".join(PARTS))
-    parser.add_argument("--backends", action="store_true", help="every backend of ours is a row")
-    report = Report.from_command_line(parser)
-    for name, part in PARTS.items():
-        if not report.only or name in report.only:
-            part(report)
-    if report.goals:
-        report.summary("best peer")
-
-
 if __name__ == "__main__":
-    main()
+    run(PARTS, __doc__, "best peer", silenced="cvxpy|cvxpylayers|diffcp|jax|jaxopt", backends=True)
