@@ -19,6 +19,7 @@ from tqdm import tqdm
 from difflayers import ImplicitAdjoint, ImplicitFunction, Record, linear, monitor
 from difflayers.demo._data import Data, digits, distort
 from difflayers.demo._model import TESTING, Classifier, Kind, classifier
+from difflayers.demo._row import live
 from difflayers.fixedpoint import DEQ, Anderson, FixedPointProblem, fixed_point
 
 
@@ -145,7 +146,7 @@ def train(kind: Kind, data: Data, budget: Budget, seed: int, *, show: bool = Tru
             for rows in torch.randperm(len(data.x), device=data.x.device).split(budget.batch):
                 losses.append(step(model, optimizer, distort(data.x[rows]), data.y[rows], budget.penalty))
                 schedule.step()
-                bar.set_postfix(live(losses, log), refresh=False)
+                bar.set_postfix(live(log, loss=f"{losses[-1]:.3f}"), refresh=False)
                 bar.update()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -163,15 +164,6 @@ def step(model: Classifier, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return float(loss.detach())
-
-
-def live(losses: list[float], log: list[Record]) -> dict[str, str]:
-    """What the progress bar shows."""
-    shown = {"loss": f"{losses[-1]:.3f}"}
-    forward = [record for record in log[-2:] if record.role == "forward"]
-    if forward:
-        shown |= {"iterations": f"{forward[-1].mean_steps:.1f}", "residual": f"{forward[-1].residual or 0:.0e}"}
-    return shown
 
 
 @torch.no_grad()

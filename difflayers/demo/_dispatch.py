@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from difflayers.demo._row import Check, Row, Score, float64, gradient_error, source
+from difflayers import monitor
+from difflayers.demo._row import Check, Row, Score, float64, gradient_error, live, source
 from difflayers.qp import QPSolution, solve_qp
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def train(
     features, grid, demand = sample
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=rate), []
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
-    with tqdm(range(steps), desc=what, unit="step", mininterval=0.5) as bar:
+    with monitor() as log, tqdm(range(steps), desc=what, unit="step", mininterval=0.5) as bar:
         for _ in bar:
             rows = torch.randint(len(features), (100,))
             loss = loss_of(grid, grid.demand * model(features[rows]), demand[rows])
@@ -172,7 +173,7 @@ def train(
             optimizer.step()
             schedule.step()
             losses.append(float(loss.detach()))
-            bar.set_postfix(loss=f"{losses[-1]:.4g}", refresh=False)
+            bar.set_postfix(live(log, loss=f"{losses[-1]:.4g}"), refresh=False)
     return losses
 
 

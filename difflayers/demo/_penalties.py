@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from difflayers.demo._row import Check, Row, Score, float64, gradient_error, source
+from difflayers import monitor
+from difflayers.demo._row import Check, Row, Score, float64, gradient_error, live, source
 from difflayers.qp import CvxpyLayer
 
 if TYPE_CHECKING:
@@ -103,14 +104,14 @@ def _error(layer: CvxpyLayer, fit: Fit, logs: Tensor) -> Tensor:
 def _tuned(layer: CvxpyLayer, folds: Fit, start: Tensor, steps: int) -> tuple[Tensor, list[float]]:
     logs, losses = start.clone().requires_grad_(), []
     optimizer = torch.optim.Adam([logs], lr=0.15)
-    with tqdm(range(steps), desc="cone program", unit="step", mininterval=0.5) as bar:
+    with monitor() as log, tqdm(range(steps), desc="cone program", unit="step", mininterval=0.5) as bar:
         for _ in bar:
             loss = _error(layer, folds, logs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
-            bar.set_postfix(validation=f"{losses[-1]:.4f}", refresh=False)
+            bar.set_postfix(live(log, validation=f"{losses[-1]:.4f}"), refresh=False)
     return logs.detach(), losses
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from difflayers.demo._row import Check, Row, Score, float64, gradient_error, source
+from difflayers import monitor
+from difflayers.demo._row import Check, Row, Score, float64, gradient_error, live, source
 from difflayers.ode import Dopri5, ODESolution, odeint
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run(quick: bool) -> Row:
 def fit(years: Tensor, counts: Tensor, steps: int, what: str = "ODE") -> Tensor:
     """The logarithms of the parameters that fit best, by Gauss–Newton steps, damped where they would go too far."""
     logs, damping = torch.tensor(GUESS).log(), 1e-2
-    with tqdm(range(steps), desc=what, unit="step") as bar:
+    with monitor() as log, tqdm(range(steps), desc=what, unit="step") as bar:
         for _ in bar:
             jacobian = torch.func.jacrev(errors)(logs, years, counts).reshape(-1, len(logs))
             rest = errors(logs, years, counts).reshape(-1)
@@ -78,7 +79,7 @@ def fit(years: Tensor, counts: Tensor, steps: int, what: str = "ODE") -> Tensor:
             after = errors(logs + step, years, counts).square().sum()
             better = bool(after < rest.square().sum())
             logs, damping = (logs + step, damping / 5) if better else (logs, damping * 5)
-            bar.set_postfix(error=f"{float(rest.square().mean().sqrt()):.3f}", refresh=False)
+            bar.set_postfix(live(log, error=f"{float(rest.square().mean().sqrt()):.3f}"), refresh=False)
             if float(step.abs().max()) < 1e-6:
                 break
     return logs

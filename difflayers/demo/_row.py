@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+    from difflayers import Record
+
 
 @dataclass(frozen=True)
 class Score:
@@ -116,6 +118,15 @@ def float64() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def live(log: Sequence[Record], **numbers: str) -> dict[str, str]:
+    """What a bar shows: numbers, and the iterations and the residual of the latest forward solve that was recorded."""
+    last = next((record for record in reversed(log) if record.role == "forward"), None)
+    if last is None:
+        return numbers
+    shown = numbers | {"iterations": f"{last.mean_steps or 0:.1f}"}
+    return shown if last.residual is None else shown | {"residual": f"{last.residual:.0e}"}
 
 
 def gradient_error(loss: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5) -> float:
