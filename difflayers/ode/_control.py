@@ -110,53 +110,52 @@ class RowController:
     def __init__(self, solver: OneStepSolver, y: Tensor) -> None:
         order = solver.tableau.error_order
         self.order = order
-        beta = 0.1 / order
-        self._alpha, self._beta = 1 / order - 0.75 * beta, beta
+        self._beta = 0.1 / order
+        self._alpha = 1 / order - 0.75 * self._beta
         eps = torch.finfo(y.dtype).eps
-        self.rtol = max(solver.rtol, 16 * eps)
+        # Of ratios to a scale that is so much longer, the Euclidean norm is the root mean square.
+        root = math.sqrt(max(y.shape[1], 1))
+        self._rtol = max(solver.rtol, 16 * eps) * root
         largest = torch.nan_to_num(y.abs().amax(1, keepdim=True), nan=0.0, posinf=0.0)
-        self._atol = (largest * eps).clamp_min(solver.atol)
-        self._size = y.abs()
-        self._next_size = self._size
-        self._previous = torch.ones_like(self._atol, dtype=torch.float64)
-        self._rejected = torch.zeros_like(self._previous, dtype=torch.bool)
-        self._root = math.sqrt(max(y.shape[1], 1))
+        self._atol = ((largest * eps).clamp_min(solver.atol) * root).expand_as(y).contiguous()
+        # Factors of steps are sums of logarithms.
+        self._safety = y.new_tensor(math.log(Controller.safety), dtype=torch.float64)
+        self._least = self._safety.new_tensor(math.log(Controller.least))
+        self._past = self._safety.repeat(len(y), 1)  # with what the error of the last accepted step adds
+        self._accepted = torch.ones_like(self._past, dtype=torch.bool)
 
     def norm(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Root mean squares, a column."""
         norms: Tensor = torch.linalg.vector_norm(rows / scale, dim=1, keepdim=True)
-        return norms.double() / self._root
+        return norms.double()
 
     def scale(self, y: Tensor) -> Tensor:
-        return torch.add(self._atol, y.abs(), alpha=self.rtol)
+        return torch.add(self._atol, y.abs(), alpha=self._rtol)
 
-    def error(self, estimates: list[Tensor], y: Tensor, h: Tensor) -> Tensor:
-        """The error of a trial step in units of the tolerance, ``(samples,)``; NaN where something isn't finite."""
-        self._next_size = y.abs()
-        scale = torch.add(self._atol, torch.maximum(self._size, self._next_size), alpha=self.rtol)
+    def error(self, estimates: list[Tensor], y: Tensor, end: Tensor, length: Tensor) -> Tensor:
+        """The error of a trial step in units of the tolerance, a column; NaN where something isn't finite."""
+        scale = torch.add(self._atol, torch.maximum(y.abs(), end.abs()), alpha=self._rtol)
         norms = [self.norm(estimate.view_as(y), scale) for estimate in estimates]
         if len(norms) == 2:
             damped = norms[0] * norms[0] / (norms[0] ** 2 + 0.01 * norms[1] ** 2).sqrt()
             norms[0] = torch.where(norms[0] > 0, damped, norms[0])
-        return (h.abs() * norms[0]).squeeze(1)
+        return norms[0] * length
 
-    def adapted(self, h: Tensor, error: Tensor, good: Tensor) -> Tensor:
-        """The next steps, after accepted and rejected ones."""
-        error, good = error[:, None], good[:, None]
-        bounded = torch.nan_to_num(error, nan=torch.inf, posinf=torch.inf).clamp_min(1e-10)
-        grown = Controller.safety * bounded**-self._alpha * self._previous**self._beta
-        grown = grown.clamp(Controller.least, Controller.most)
-        grown = torch.where(self._rejected, grown.clamp_max(1.0), grown)
-        shrunk = (Controller.safety * bounded ** (-1 / self.order)).clamp(Controller.least, 1.0)
-        self._previous = torch.where(good, bounded.clamp_min(1e-4), self._previous)
-        self._rejected = ~good
-        self._size = torch.where(good, self._next_size, self._size)
-        return h * torch.where(good, grown, shrunk)
+    def adapted(self, length: Tensor, error: Tensor, good: Tensor) -> Tensor:
+        """How long the next steps are, after accepted and rejected ones."""
+        known = error.log().clamp_min(math.log(1e-10))
+        grown = torch.add(self._past, known, alpha=-self._alpha)
+        shrunk = torch.add(self._safety, known, alpha=-1 / self.order)
+        most = (good & self._accepted).double().mul_(math.log(Controller.most))
+        # fmax: an error that is no number shrinks as much as any.
+        factor = torch.minimum(torch.fmax(torch.where(good, grown, shrunk), self._least), most)
+        past = torch.add(self._safety, known.clamp_min(math.log(1e-4)), alpha=self._beta)
+        self._past, self._accepted = torch.where(good, past, self._past), good
+        return length * factor.exp_()
 
     def divide(self, chosen: Tensor) -> None:
         """Only these samples go on."""
-        for name in ("_atol", "_size", "_next_size", "_previous", "_rejected"):
-            setattr(self, name, getattr(self, name)[chosen])
+        self._atol, self._past, self._accepted = self._atol[chosen], self._past[chosen], self._accepted[chosen]
 
 
 def tolerances(rtol: float, atol: float, y: Tensor) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from difflayers.ode._linearization import Factors, Linearization, linearized
 from difflayers.ode._mass import Evaluate, mass_of, times
-from difflayers.ode._stages import Time, mixed, stage_time, weights_at
+from difflayers.ode._stages import Time, mixed, stage_time
 from difflayers.ode._tableaus import ImplicitTableau
 
 
@@ -92,12 +92,6 @@ class ImplicitStages(ABC):
     def inside(self, t: Time, y: Tensor, h: Time, s: float) -> Tensor:
         """The state at ``t + sh`` of the last step."""
         return mixed(y, self._slopes, self.tableau.weights(s).tolist(), h)
-
-    def between(self, t: Tensor, y: Tensor, h: Tensor, row: Tensor, s: Tensor) -> Tensor:
-        """States inside the last step: of samples ``row``, at ``t + sh``."""
-        weights = weights_at(self.tableau, s, y)
-        own = torch.bmm(weights.unsqueeze(1), self.slopes[:, row].transpose(0, 1)).squeeze(1)
-        return torch.addcmul(y[row], h[row].to(y.dtype), own)
 
     def advance(self, t: Time, y: Tensor) -> None:
         """The next step starts here."""

@@ -85,40 +85,38 @@ class ParallelRows:
         inside = bool((pairs.s != 1).any())
         stages = self.tableau.total if inside else self.tableau.stages
         own, divided = self._divided(pairs.sample)
-        evaluate = self.problem.evaluator(own)
-        tapes = tapes_of(evaluate, known, self.tableau.c[:stages], pairs.t, h, y)
-        given = cotangent[pairs.sample[pairs.output], pairs.index]
-        ends = y.new_zeros(len(y), n, n + 1)
-        ends[:, :, :n] = torch.eye(n, dtype=y.dtype, device=y.device)
-        ends[:, :, n].index_add_(0, pairs.output, given)
+        tapes = tapes_of(self.problem.evaluator(own), known, self.tableau.c[:stages], pairs.t, h, y)
+        # Pairs are the last dimension: small matrices are multiplied as long rows of numbers.
+        given = cotangent[pairs.sample[pairs.output], pairs.index].t()
         weights = weights_at(self.tableau, pairs.s, y) if inside else known.b.expand(len(pairs.s), -1)
-        each, pulled, start = [], y.new_zeros(stages, ends.numel()), ends.clone()
+        outside = y.new_zeros(stages, n, len(y)).index_add_(2, pairs.output, weights.t().unsqueeze(1) * given)
+        unit, length = torch.eye(n, dtype=y.dtype, device=y.device).unsqueeze(-1), h.squeeze(1)
+        each, pulled = [], y.new_zeros(stages, n, n + 1, len(y))
         for i in range(stages - 1, -1, -1):
-            outside = torch.zeros_like(ends)
+            later = pulled[i + 1 :].flatten(1)
+            total = torch.mv(later.t(), known.columns[i][: len(later)]).view_as(pulled[0])
             if i < self.tableau.stages:
-                outside[:, :, :n] = known.b[i] * torch.eye(n, dtype=y.dtype, device=y.device)
-            outside[:, :, n].index_add_(0, pairs.output, weights[:, i, None] * given)
-            later = torch.mv(pulled[i + 1 :].t(), known.columns[i][: stages - 1 - i]).view_as(ends)
-            each.append(h[:, :, None] * (outside + later))
-            one = _jacobian(*tapes[i]).mT @ each[-1]
-            pulled[i] = one.reshape(-1)
-            start = start + one
+                total[:, :n] += known.b[i] * unit
+            total[:, n] += outside[i]
+            each.append(total.mul_(length))
+            pulled[i] = product(_jacobian(*tapes[i]).transpose(0, 1), total)
+        start = pulled.sum(0)
+        start[:, :n] += unit
+        start[:, n].index_add_(1, pairs.output, given)
         after, adjoint = self._chain(pairs, start, adjoint)
-        for (leaf, slope), stage in zip(tapes, reversed(each), strict=True):
-            kappa = (stage[:, :, :n] @ after).squeeze(-1) + stage[:, :, n]
-            self._collect(slope, own, divided, kappa.view_as(leaf), pairs.sample)
+        kappas = [product(stage[:, :n], after, stage[:, n:]).squeeze(1).t() for stage in reversed(each)]
+        self._collect([slope for _, slope in tapes], kappas, own, divided, pairs.sample)
         return adjoint
 
     def _chain(self, pairs: Pairs, start: Tensor, adjoint: Tensor) -> tuple[Tensor, Tensor]:
-        """The cotangent at the end of every pair, and that at the start of the first ones."""
-        n = adjoint.shape[1]
-        adjoint, ends = adjoint.clone(), []
-        products, offsets = start[:, :, :n], start[:, :, n:]
-        parts = [tensor.split(pairs.parts) for tensor in (products, offsets, pairs.sample)]
-        for product, offset, sample in reversed(list(zip(*parts, strict=True))):
-            ends.append(adjoint[sample].unsqueeze(-1))
-            adjoint[sample] = torch.baddbmm(offset, product, ends[-1]).squeeze(-1)
-        return torch.cat(ends[::-1]), adjoint
+        """The cotangent at the end of every pair, ``(n, 1, pairs)``, and that at the start of the first ones."""
+        adjoint, ends = adjoint.t().unsqueeze(1).contiguous(), []
+        n = len(adjoint)
+        parts = start[:, :n].split(pairs.parts, 2), start[:, n:].split(pairs.parts, 2), pairs.sample.split(pairs.parts)
+        for matrix, offset, sample in reversed(list(zip(*parts, strict=True))):
+            ends.append(adjoint.index_select(2, sample))
+            adjoint.index_copy_(2, sample, product(matrix, ends[-1], offset))
+        return torch.cat(ends[::-1], dim=2), adjoint.squeeze(1).t()
 
     def _divided(self, sample: Tensor) -> tuple[list[Tensor], list[bool]]:
         found = self.problem.divided(self.tensors, sample)
@@ -131,12 +129,19 @@ class ParallelRows:
         return own, divided
 
     def _collect(
-        self, slope: Tensor, own: Sequence[Tensor], divided: Sequence[bool], kappa: Tensor, sample: Tensor
+        self,
+        slopes: Sequence[Tensor],
+        kappas: Sequence[Tensor],
+        own: Sequence[Tensor],
+        divided: Sequence[bool],
+        sample: Tensor,
     ) -> None:
-        if not slope.requires_grad or not self.followed:
+        live = [(slope, kappa.contiguous()) for slope, kappa in zip(slopes, kappas, strict=True) if slope.requires_grad]
+        if not live or not self.followed:
             return
         wanted = [own[i] for i in self.followed]
-        found: Sequence[Tensor | None] = torch.autograd.grad(slope, wanted, kappa, allow_unused=True)
+        roots, cotangents = zip(*live, strict=True)
+        found: Sequence[Tensor | None] = torch.autograd.grad(roots, wanted, cotangents, allow_unused=True)
         for k, (i, gradient) in enumerate(zip(self.followed, found, strict=True)):
             if gradient is None:
                 continue
@@ -146,12 +151,23 @@ class ParallelRows:
             self.gradients[k] = total.index_add_(0, sample, gradient) if divided[i] else total.add_(gradient)
 
 
+def product(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
+    """``total + left @ right`` for matrices along the last dimension, ``(a, b, pairs)`` and ``(b, c, pairs)``."""
+    if len(right) > 6:
+        found = torch.bmm(left.permute(2, 0, 1), right.permute(2, 0, 1)).permute(1, 2, 0)
+        return found if total is None else total + found
+    for column, row in zip(left.unsqueeze(2).unbind(1), right, strict=True):
+        total = column * row if total is None else torch.addcmul(total, column, row)
+    return torch.zeros_like(right) if total is None else total
+
+
 def _jacobian(leaf: Tensor, slope: Tensor) -> Tensor:
+    """``∂slope/∂leaf``, ``(n, n, pairs)``."""
     n = leaf.shape[1]
     if not slope.requires_grad:
-        return leaf.new_zeros(*leaf.shape, n)
+        return leaf.new_zeros(n, n, len(leaf))
     rows = []
     for unit in torch.eye(n, dtype=leaf.dtype, device=leaf.device):
         one = unit.expand_as(leaf)
-        rows.append(torch.autograd.grad(slope, leaf, one, retain_graph=True, materialize_grads=True)[0])
-    return torch.stack(rows, dim=1)
+        rows.append(torch.autograd.grad(slope, leaf, one, retain_graph=True, materialize_grads=True)[0].t())
+    return torch.stack(rows)

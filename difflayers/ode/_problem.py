@@ -75,15 +75,17 @@ class InitialValueProblem(Problem):
         parameters, args = self.arguments.unflatten(tensors)
         fn, state, autocast = with_parameters(self.function, parameters), self.state, self.autocast
         native = self.native if state.plain else None
+        # Some samples of one batch dimension, each a row, are what the callable gets.
+        flat = native is not None and len(native) == 2 and len(state.batch) == 1
 
         def checked(value: Any, y: Any) -> Any:
             return value if _alike(value, y) else matched(value, y, "fn")
 
         def evaluate(t: Tensor, rows: Tensor) -> Tensor:
-            y = rows if rows.shape == native else state.unpack(rows)
+            y = rows if flat or rows.shape == native else state.unpack(rows)
             # What is compiled was evaluated before.
             before = None if torch.compiler.is_compiling() or rows.is_inference() else rows._version
-            if t.dim():
+            if not flat and t.dim():
                 t = state.own_times(t)
             if autocast.dtype is None:
                 value = checked(fn(t, y, *args), y)

@@ -24,7 +24,7 @@ def combined(y: Tensor, slopes: Tensor, weights: Tensor, h: Time) -> Tensor:
     """``y + h Σ weightsⱼ slopesⱼ`` for slopes in rows ``(stages, samples · n)``."""
     if isinstance(h, Tensor):
         return torch.addcmul(y, torch.mv(slopes.t(), weights).view_as(y), h.to(y.dtype))
-    return torch.addmv(y.reshape(-1), slopes.t(), weights, alpha=h).view(y.shape)
+    return torch.addmv(y.reshape(-1), slopes.t(), weights, alpha=h).view_as(y)
 
 
 class Stages:
@@ -37,7 +37,7 @@ class Stages:
     def __init__(self, tableau: Tableau, evaluate: Evaluate, like: Tensor) -> None:
         self.tableau, self.evaluate, self.evaluations = tableau, evaluate, 0
         self.slopes = torch.zeros(tableau.total, *like.shape, dtype=like.dtype, device=like.device)
-        self._shape, self._c, self._made = like.shape, tableau.c, 0
+        self._shape, self._made = like.shape, 0
         known = coefficients(tableau, like.dtype, like.device)
         self._errors = known.error
         self._interpolant = coefficients(tableau, torch.float64, like.device).interpolant
@@ -45,7 +45,8 @@ class Stages:
         self._slots = list(self.slopes)
         self._flat = self.slopes.view(tableau.total, -1)
         before = [self._flat[:i].t() for i in range(tableau.total)]
-        self._plan = list(zip(self._slots, before, known.rows, self._c, strict=True))
+        self._plan = list(zip(self._slots, before, known.rows, tableau.c, strict=True))
+        self._places = torch.tensor(tableau.c, dtype=torch.float64, device=like.device).view(-1, 1, 1)
         self._known = self._flat[: tableau.stages + 1].t()
 
     def start(self, t: Time, y: Tensor, slope: Tensor | None = None) -> Tensor:
@@ -77,8 +78,7 @@ class Stages:
 
     def inside(self, t: Time, y: Tensor, h: Time, s: float) -> Tensor:
         """The state at ``t + sh`` of the last step."""
-        self._fill(t, y, h, self._made, self.tableau.total)
-        self._made = self.tableau.total
+        self.complete(t, y, h)
         return combined(y, self._flat, self._weights(s).to(y), h)
 
     def _weights(self, s: float) -> Tensor:
@@ -99,15 +99,13 @@ class Stages:
 
     def advance_where(self, moved: Tensor, t: Tensor, y: Tensor) -> None:
         """The same for the samples that moved, a column."""
-        self._slots[0].copy_(torch.where(moved, self._slots[self.tableau.stages], self._slots[0]))
+        torch.where(moved, self._slots[self.tableau.stages], self._slots[0], out=self._slots[0])
 
-    def between(self, t: Tensor, y: Tensor, h: Tensor, row: Tensor, s: Tensor) -> Tensor:
-        """States inside the last step: of samples ``row``, at ``t + sh``."""
+    def complete(self, t: Time, y: Tensor, h: Time) -> Tensor:
+        """All slopes of the last step, with those for outputs inside."""
         self._fill(t, y, h, self._made, self.tableau.total)
         self._made = self.tableau.total
-        weights = weights_at(self.tableau, s, y)
-        own = torch.bmm(weights.unsqueeze(1), self.slopes[:, row].transpose(0, 1)).squeeze(1)
-        return torch.addcmul(y[row], h[row].to(y.dtype), own)
+        return self.slopes
 
     def divided(self, evaluate: Evaluate, chosen: Tensor) -> Stages:
         """Buffers for some of the samples, with their first slopes."""
@@ -120,27 +118,33 @@ class Stages:
     def _point(self, y: Tensor, i: int, h: Time) -> Tensor:
         _, before, weights, _ = self._plan[i]
         if isinstance(h, Tensor):
-            return torch.addcmul(y, torch.mv(before, weights).view(self._shape), h.to(y.dtype))
-        return torch.addmv(y.reshape(-1), before, weights, alpha=h).view(self._shape)
+            return torch.addcmul(y, torch.mv(before, weights).view_as(y), h.to(y.dtype))
+        return torch.addmv(y.reshape(-1), before, weights, alpha=h).view_as(y)
 
     def _fill(self, t: Time, y: Tensor, h: Time, first: int, end: int) -> Tensor:
         """Evaluate some stages; the point of the last one."""
         if isinstance(h, Tensor) or isinstance(t, Tensor):
             return self._fill_rows(t, y, h, first, end)
-        flat, shape, dtype, device, evaluate = y.reshape(-1), self._shape, y.dtype, y.device, self.evaluate
+        flat, dtype, device, evaluate = y.reshape(-1), y.dtype, y.device, self.evaluate
         point, addmv, scalar = y, torch.addmv, torch.scalar_tensor
         for slot, before, weights, c in self._plan[first:end]:
-            point = addmv(flat, before, weights, alpha=h).view(shape)
+            # view_as: a shape would have to be read first, which takes as long as the product.
+            point = addmv(flat, before, weights, alpha=h).view_as(y)
             slot.copy_(evaluate(scalar(t + c * h, dtype=dtype, device=device), point))
         self.evaluations += max(0, end - first)
         return point
 
     def _fill_rows(self, t: Time, y: Tensor, h: Time, first: int, end: int) -> Tensor:
-        point = y
-        for i in range(first, end):
-            point = self._point(y, i, h)
-            self._slots[i].copy_(self.evaluate(stage_time(t, self._c[i], h, y), point))
-        self.evaluations += max(0, end - first)
+        if end <= first:
+            return y
+        times = (t + self._places[first:end] * h).to(y.dtype).unbind(0)
+        # Rows that a column would be spread over are short, and the loop over them is slow.
+        wide = torch.as_tensor(h, dtype=y.dtype, device=y.device).expand_as(y).contiguous()
+        point, addcmul, mv = y, torch.addcmul, torch.mv
+        for (slot, before, weights, _), time in zip(self._plan[first:end], times, strict=True):
+            point = addcmul(y, mv(before, weights).view_as(y), wide)
+            slot.copy_(self.evaluate(time, point))
+        self.evaluations += end - first
         return point
 
 
@@ -229,5 +233,5 @@ def mixed(y: Tensor, slopes: Sequence[Tensor], weights: Sequence[float], h: Time
 def weights_at(tableau: Tableau, s: Tensor, like: Tensor) -> Tensor:
     """``bⱼ(s)`` for many places at once, ``(places, stages)``."""
     interpolant = coefficients(tableau, torch.float64, like.device).interpolant
-    powers = s.double()[:, None] ** torch.arange(1, interpolant.shape[1] + 1, device=like.device)
+    powers = s.double()[:, None].expand(-1, interpolant.shape[1]).cumprod(1)
     return (powers @ interpolant.t()).to(like.dtype)
