@@ -76,8 +76,8 @@ class BacksolveAdjoint(Adjoint):
 
     def tolerances(self, solver: Solver) -> tuple[float, float]:
         """Those of the backward solve."""
-        forward = _tolerances(solver)
-        return self.rtol or forward[0] or 1e-6, self.atol or forward[1] or 1e-8
+        rtol, atol = _tolerances(solver)
+        return (rtol or 1e-6) if self.rtol is None else self.rtol, (atol or 1e-8) if self.atol is None else self.atol
 
 
 @dataclass
