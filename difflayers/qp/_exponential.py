@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 SMALLEST, LARGEST = float(np.finfo(np.float64).tiny), float(np.finfo(np.float64).max)
 # Up to how many numbers the last projection is kept.
 REMEMBERED = 2**16
+# How many Newton steps may be of any length.
+FREE = 10
 _last = threading.local()
 
 
@@ -38,58 +40,74 @@ def exponential_cone(x: Tensor) -> Tensor:
 
 
 def spectrum(x: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ``(*batch, 3)``, and eigenvectors as columns, of the derivative at ``x`` with the nearest ``point``.
+    """Eigenvalues ``(*batch, 3)`` and eigenvectors, as columns, of the derivative at ``x``, where it is ``point``."""
+    if untracked(x):
+        with np.errstate(all="ignore"):
+            points = _on_host(x)
+            values, vectors = _spectrum(points, _on_host(point), _regions(points, np), np.eye(3), np)
+        return torch.from_numpy(values).to(x), torch.from_numpy(vectors).to(x)
+    eye = torch.eye(3, dtype=x.dtype, device=x.device)
+    found: tuple[Tensor, Tensor] = _spectrum(x, point, _regions_outside_dynamo(x.detach(), torch), eye, torch)
+    return found
+
+
+def _spectrum(x: Any, point: Any, regions: tuple[Any, Any, Any], eye: Any, module: Any) -> tuple[Any, Any]:
+    """:func:`spectrum` of arrays or of tensors.
 
     Along the boundary the cone is straight in the direction of the point itself and curved in the one orthogonal to
     that and to the normal. With ``u`` that one and ``w = u₀ - ρ u₁``, the eigenvalue there is ``a/(a + b w²)``.
     """
-    inside, polar, face = (_divided if untracked(x) else _divided_outside_dynamo)(x)
-    plain = (inside | polar | face).unsqueeze(-1)
-    safe = torch.ones_like(x[..., 0])
-    near = torch.where(plain, torch.stack([0 * safe, safe, safe], dim=-1), point)
-    rest = torch.where(plain, torch.stack([safe, safe, -safe], dim=-1), x - point)
-    rho = _exponent(near, rest)
-    small, large = rho.clamp_max(0).exp(), (-rho).clamp_max(0).exp()
-    along = _unit(torch.stack([rho * large, large, small], dim=-1))
-    outward = torch.stack([small, (1 - rho) * small, -large], dim=-1)
+    where, stack = module.where, module.stack
+    inside, polar, face = regions
+    plain = (inside | polar | face)[..., None]
+    one = module.ones_like(x[..., 0])
+    near = where(plain, stack([0 * one, one, one], axis=-1), point)
+    rest = where(plain, stack([one, one, -one], axis=-1), x - point)
+    rho = _exponent(near, rest, module)
+    small, large = module.exp(where(rho > 0, 0, rho)), module.exp(where(rho > 0, -rho, 0))
+    along = _unit(stack([rho * large, large, small], axis=-1))
+    outward = stack([small, (1 - rho) * small, -large], axis=-1)
     normal = _unit(outward)
-    across = torch.linalg.cross(normal, along)
-    s, b = near[..., 1], small * (rest * outward).sum(-1) / outward.square().sum(-1)
-    bend = b * (across[..., 0] - rho * across[..., 1]).square()
-    ones = torch.ones_like(rho)
-    values = torch.stack([ones, s / torch.where(s + bend > 0, s + bend, 1), 0 * ones], dim=-1)
-    over = torch.stack([ones, 0 * ones, (x.detach()[..., 2] > 0).to(x)], dim=-1)
-    flat = torch.where(face.unsqueeze(-1), over, inside.unsqueeze(-1).to(x))
-    vectors = torch.stack([along, across, normal], dim=-1)
-    eye = torch.eye(3, dtype=x.dtype, device=x.device)
-    return torch.where(plain, flat, values), torch.where(plain.unsqueeze(-1), eye, vectors)
+    across = _cross(normal, along, stack)
+    a, b = near[..., 1], small * (rest * outward).sum(-1) / (outward * outward).sum(-1)
+    w = across[..., 0] - rho * across[..., 1]
+    below = a + b * w * w
+    values = stack([one, a / where(below > 0, below, 1), 0 * one], axis=-1)
+    flat = where(face[..., None], stack([one, 0 * one, one * (x[..., 2] > 0)], axis=-1), (one * inside)[..., None])
+    vectors = stack([along, across, normal], axis=-1)
+    return where(plain, flat, values), where(plain[..., None], eye, vectors)
 
 
-def _divided(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`_regions` of a tensor, which may be a dual number or wrapped."""
-    r, s, t = x.detach().unbind(-1)
-    exponent = torch.where(s > 0, r / torch.where(s > 0, s, 1), 0)
-    inside = ((s > 0) & (s * exponent.exp() <= t)) | ((s == 0) & (r <= 0) & (t >= 0))
-    exponent = torch.where(r > 0, s / torch.where(r > 0, r, 1) - 1, 0)
-    polar = ((r > 0) & (r * exponent.exp() <= -t)) | ((r == 0) & (s <= 0) & (t <= 0))
+def _regions(x: Any, module: Any) -> tuple[Any, Any, Any]:
+    """Which are in the cone, which in its polar, which over the face ``s = 0``; of arrays or of tensors."""
+    r, s, t = x[..., 0], x[..., 1], x[..., 2]
+    exponent = r / module.where(s > 0, s, 1)
+    inside = ((s > 0) & (s * module.exp(exponent) <= t)) | ((s == 0) & (r <= 0) & (t >= 0))
+    exponent = s / module.where(r > 0, r, 1) - 1
+    polar = ((r > 0) & (r * module.exp(exponent) <= -t)) | ((r == 0) & (s <= 0) & (t <= 0))
     return inside, polar & ~inside, (r <= 0) & (s <= 0) & ~inside & ~polar
 
 
-_divided_outside_dynamo = _disable_dynamo(_divided)
+_regions_outside_dynamo = _disable_dynamo(_regions)
 
 
-def _exponent(point: Tensor, rest: Tensor) -> Tensor:
+def _exponent(point: Any, rest: Any, module: Any) -> Any:
     """``ρ`` from the longer one of ``a (ρ, 1, exp ρ)`` and ``b (1, 1 - ρ, -exp -ρ)``, of which one may be lost."""
-    near = point.detach()[..., 1] >= rest.detach()[..., 0]
-    below = torch.where(near, point[..., 1], rest[..., 0])
-    above = torch.where(near, point[..., 0], rest[..., 0] - rest[..., 1])
-    most = torch.finfo(point.dtype).max ** 0.3  # so that its square is a number
-    edge = torch.where(near, -1, 1).to(point) * most
-    return torch.where(below > 0, above / torch.where(below > 0, below, 1), edge).clamp(-most, most)
+    where = module.where
+    near = point[..., 1] >= rest[..., 0]
+    below = where(near, point[..., 1], rest[..., 0])
+    above = where(near, point[..., 0], rest[..., 0] - rest[..., 1])
+    most = module.finfo(point.dtype).max ** 0.3  # so that its square is a number
+    return module.clip(where(below > 0, above / where(below > 0, below, 1), where(near, -most, most)), -most, most)
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.square().sum(-1, keepdim=True).sqrt()
+def _unit(rows: Any) -> Any:
+    return rows / ((rows * rows).sum(-1) ** 0.5)[..., None]
+
+
+def _cross(left: Any, right: Any, stack: Any) -> Any:
+    (a, b, c), (d, e, f) = (tuple(rows[..., i] for i in range(3)) for rows in (left, right))
+    return stack([b * f - c * e, c * d - a * f, a * e - b * d], axis=-1)
 
 
 def _moved(x: Tensor, direction: Tensor) -> Tensor:
@@ -130,7 +148,7 @@ class _Nearest(torch.autograd.Function):
 
 def _nearest(x: Tensor) -> Tensor:
     """On the host; asked again for the last points, as polishing, duals and derivatives do, it remembers them."""
-    points = x.detach().cpu().double().numpy()
+    points = _on_host(x)
     known = getattr(_last, "pair", None)
     if known is None or not np.array_equal(known[0], points):
         with np.errstate(all="ignore"):
@@ -142,24 +160,19 @@ def _nearest(x: Tensor) -> Tensor:
 _nearest_outside_dynamo = _disable_dynamo(_nearest)
 
 
+def _on_host(x: Tensor) -> Array:
+    array: Array = x.detach().cpu().double().numpy()
+    return array
+
+
 def _by_rows(x: Array) -> Array:
-    inside, polar, face = _regions(x)
+    inside, polar, face = _regions(x, np)
     point = np.where(inside[:, None], x, 0)
     point[face, 0], point[face, 2] = x[face, 0], np.maximum(x[face, 2], 0)
     general = np.flatnonzero(~(inside | polar | face))
     if len(general):
         point[general] = _general(*x[general].T)
     return point
-
-
-def _regions(x: Array) -> tuple[Array, Array, Array]:
-    """Which are in the cone, which in its polar, which over the face ``s = 0``."""
-    r, s, t = np.moveaxis(x, -1, 0)
-    with np.errstate(all="ignore"):
-        inside = ((s > 0) & (s * np.exp(r / s) <= t)) | ((s == 0) & (r <= 0) & (t >= 0))
-        # The polar: r > 0 and r exp(s/r - 1) <= -t, or its limit.
-        polar = ((r > 0) & (r * np.exp(s / r - 1) <= -t)) | ((r == 0) & (s <= 0) & (t <= 0))
-    return inside, polar & ~inside, (r <= 0) & (s <= 0) & ~inside & ~polar
 
 
 def _general(r: Array, s: Array, t: Array) -> Array:
@@ -170,96 +183,113 @@ def _general(r: Array, s: Array, t: Array) -> Array:
     logarithm of how far ``ρ`` is from the nearer bound: where an exponential is large, that is far less than what
     rounding leaves of ``ρ`` itself.
     """
-    cone = _Rows(r, s, t, np.ones_like(r, dtype=bool))
-    above = cone.in_lower_half()
-    cone = _Rows(r, s, t, above)
-    unknown = _bracketed(cone, *cone.bracket())
-    rho, size, up, down = cone.parts(unknown)
-    a = np.where(above, r * np.exp(unknown), (rho - 1) * r + s) / size
+    cone = _Rows(r, s, t, _above(r, s, t))
+    sides = cone.sides(_bracketed(cone, *cone.bracket()))
+    a = np.where(cone.above, r * sides.distance, sides.other) / sides.size
+    down = np.where(cone.above, sides.far, sides.near)
+    up = np.where(cone.above, sides.near, sides.far)
     # The side of the equation without a term that may be zero times infinity.
     last = np.where(t >= 0, t + np.exp(np.where(t >= 0, down, 0)), np.exp(np.where(t >= 0, 0, up)))
-    return np.stack([a * rho, a, last], axis=-1)
+    return np.stack([a * sides.rho, a, last], axis=-1)
+
+
+def _above(r: Array, s: Array, t: Array) -> Array:
+    """Whether ``ρ`` is nearer to its lower bound, if it has both; else whether it has that one."""
+    both = (r > 0) & (s > 0)
+    half = (r / s - 1 + s / r) / 2
+    rho = r / s - half
+    # Halfway, a and b are r and s times the same number.
+    share = 1 / (rho / half * (rho - 1) + 1 / half)
+    found: Array = np.where(both, (r * np.exp(rho) - s * np.exp(-rho)) * share >= t, r > 0)
+    return found
+
+
+class _Sides(NamedTuple):
+    """``ρ``, its distance from the bound, ``ρ² - ρ + 1``, and of ``a exp ρ`` and ``b exp -ρ`` the logarithms.
+
+    ``near`` is that of the one that vanishes at the bound, ``far`` the other, and ``other`` the number ``a`` or ``b``
+    in that one, times ``ρ² - ρ + 1``.
+    """
+
+    distance: Array
+    rho: Array
+    size: Array
+    other: Array
+    near: Array
+    far: Array
 
 
 class _Rows:
     """One equation per point ``(r, s, t)``; ``above``: whether the unknown is the distance from the lower bound."""
 
     def __init__(self, r: Array, s: Array, t: Array, above: Array) -> None:
-        self.r, self.s, self.t, self.above, self.positive = r, s, t, above, t >= 0
-        self.scale = np.maximum(np.where(above, r, s), SMALLEST)
-        self.log_scale, self.log_t = np.log(self.scale), np.log(np.maximum(np.abs(t), SMALLEST))
-        self.low, self.high = np.where(r > 0, 1 - s / r, -LARGEST), np.where(s > 0, r / s, LARGEST)
+        self.r, self.s, self.t, self.above = r, s, t, above
+        self.sign = np.where(above, 1.0, -1.0)
+        self.bound = np.where(above, 1 - s / r, r / s)
+        self.log_scale = np.log(np.maximum(np.where(above, r, s), SMALLEST))
+        self.log_t = np.log(np.maximum(np.abs(t), SMALLEST))
+        self.other, self.steep = np.where(above, r, s - r), np.where(above, -s, r)
+        # Whether the side that vanishes at the bound has no other term.
+        self.alone = above == (t >= 0)
+        self.way = np.where(self.alone, 1.0, -1.0)
 
     def __getitem__(self, kept: Array) -> _Rows:
         return _Rows(self.r[kept], self.s[kept], self.t[kept], self.above[kept])
 
-    def in_lower_half(self) -> Array:
-        """Whether ``ρ`` is nearer to its lower bound, if it has both; else whether it has that one."""
-        both = (self.r > 0) & (self.s > 0)
-        half = np.where(both, (self.r / self.s - 1 + self.s / self.r) / 2, 1)
-        found: Array = np.where(both, self.equation(np.log(half))[0] >= 0, self.r > 0)
-        return found
-
     def bracket(self) -> tuple[Array, Array, Array]:
-        """What the unknown is between, and a guess: if what vanishes at the bound is alone, that it is ``t``."""
-        most = np.log(np.clip(self.high / 2 - self.low / 2, SMALLEST, LARGEST / 4)) + math.log(2)
-        bound = np.where(self.above, self.low, self.high)
-        target = self.log_t - self.log_scale + np.log(bound * (bound - 1) + 1)
-        target = np.where(self.above, target - bound, target + bound)
-        alone = self.above == self.positive
-        guess = np.where(alone, np.minimum(target, np.log(np.maximum(target, 1))), 0)
-        least = 2 * math.log(SMALLEST) - np.abs(bound)
-        return least, most, np.minimum(np.maximum(guess, least), most - 0.1)
+        """What the unknown is between, and a guess: the equation with the exponentials that it has at the bound."""
+        low, high = np.where(self.r > 0, 1 - self.s / self.r, -LARGEST), np.where(self.s > 0, self.r / self.s, LARGEST)
+        most = np.log(np.clip(high / 2 - low / 2, SMALLEST, LARGEST / 4))
+        least = 2 * math.log(SMALLEST) - np.abs(self.bound)
+        *_, near, far = self.sides(np.full_like(least, 2 * math.log(SMALLEST)))
+        less = far + np.log1p(-np.exp(self.log_t - far))
+        target = np.where(self.alone, np.logaddexp(self.log_t, far), less) - near + 2 * math.log(SMALLEST)
+        guess = np.minimum(target, np.log(np.maximum(target, 1)))
+        # The nearer bound is at most half as far as they are apart.
+        return least, most + 1, np.minimum(np.maximum(np.where(np.isfinite(guess), guess, 0), least), most)
 
-    def parts(self, unknown: Array) -> tuple[Array, Array, Array, Array]:
-        """``ρ``, ``ρ² - ρ + 1``, and the logarithms of ``a exp ρ`` and ``b exp -ρ``."""
+    def sides(self, unknown: Array) -> _Sides:
         distance = np.exp(unknown)
-        rho = np.where(self.above, self.low + distance, self.high - distance)
-        size = rho * (rho - 1) + 1
-        near, far = self.log_scale + unknown, np.log(self.other(rho))
-        up, down = np.where(self.above, near, far), np.where(self.above, far, near)
-        log_size = np.log(size)
-        return rho, size, up - log_size + rho, down - log_size - rho
-
-    def other(self, rho: Array) -> Array:
-        """Of ``a`` and ``b``, times ``ρ² - ρ + 1``, the one that doesn't vanish at the nearer bound."""
-        found: Array = np.maximum(np.where(self.above, self.r - rho * self.s, (rho - 1) * self.r + self.s), SMALLEST)
-        return found
+        rho = self.bound + self.sign * distance
+        size, lean = rho * (rho - 1) + 1, self.sign * rho
+        other = np.maximum(self.other + self.steep * rho, SMALLEST)
+        log_size = np.log(np.minimum(size, LARGEST))
+        near, far = self.log_scale + unknown - log_size + lean, np.log(other) - log_size - lean
+        return _Sides(distance, rho, size, other, near, far)
 
     def equation(self, unknown: Array) -> tuple[Array, Array]:
         """What is to vanish, and its slope."""
-        rho, size, up, down = self.parts(unknown)
-        distance, bend, other = np.exp(unknown), (2 * rho - 1) / size, self.other(rho)
-        ratio = distance * np.where(self.above, self.s, self.r) / other
-        in_up = np.where(self.above, 1, ratio) + distance * (1 - bend)
-        in_down = np.where(self.above, -ratio, -1) - distance * (1 + bend)
+        distance, rho, size, other, near, far = self.sides(unknown)
+        bend = self.sign * (2 * rho - 1) / size
+        in_near = 1 + distance * (1 - bend)
+        in_far = distance * (self.sign * self.steep / other - 1 - bend)
         # The side with two terms, and the share of the one that changes.
-        one = np.where(self.positive, down, up)
+        one, in_one = np.where(self.alone, far, near), np.where(self.alone, in_far, in_near)
+        single, in_single = np.where(self.alone, near, far), np.where(self.alone, in_near, in_far)
         both = np.logaddexp(self.log_t, one)
-        share = np.exp(one - both)
-        value = np.where(self.positive, up - both, both - down)
-        slope = np.where(self.positive, in_up - share * in_down, share * in_up - in_down)
-        return np.where(self.above, value, -value), slope
+        return self.way * (single - both), self.way * (in_single - np.exp(one - both) * in_one)
 
 
 def _bracketed(cone: _Rows, low: Array, high: Array, root: Array) -> Array:
-    """Newton's method; bisection where a step leaves the bracket, or the last one wasn't half of the one before."""
+    """Newton's method; bisection where a step leaves the bracket or, after some, wasn't half of the one before."""
     eps, found, places = 4 * np.finfo(np.float64).eps, root.copy(), np.arange(len(root))
-    before = np.full_like(root, np.inf)
-    for _ in range(STEPS):
+    before, newtonian = np.full_like(root, np.inf), np.zeros_like(root, dtype=bool)
+    for count in range(STEPS):
         value, slope = cone.equation(root)
         low, high = np.where(value <= 0, root, low), np.where(value >= 0, root, high)
-        newton = root - value / slope
-        step = np.abs(newton - root)
-        done = ((step <= eps * np.maximum(np.abs(root), 1)) & np.isfinite(slope)) | (np.abs(value) <= eps)
-        good = (newton >= low) & (newton <= high) & (step <= before / 2)
+        newton = root + np.where(cone.alone, -value / slope, np.log1p(-value / slope))
+        step, rounding = np.abs(newton - root), eps * np.maximum(np.abs(root), 1)
+        done = ((step <= rounding) & np.isfinite(slope)) | (np.abs(value) <= eps)
+        good = (newton >= low) & (newton <= high) & ((count < FREE) | (step <= before / 2))
         following = np.where(done, root, np.where(good, newton, (low + high) / 2))
-        before, root = np.abs(following - root), following
+        # Steps that square their error show what the next one would be.
+        done |= good & newtonian & (step * (step / before) ** 2 <= rounding / 16)
+        before, newtonian, root = np.abs(following - root), good, following
         found[places] = root
         if done.all():
             break
         if 2 * done.sum() > len(done):
             left = ~done
-            low, high, root, before, places = (part[left] for part in (low, high, root, before, places))
-            cone = cone[left]
+            low, high, root, before, newtonian = (part[left] for part in (low, high, root, before, newtonian))
+            cone, places = cone[left], places[left]
     return found
