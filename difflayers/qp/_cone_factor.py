@@ -9,6 +9,7 @@ from torch import Tensor
 
 from difflayers.errors import ProblemError
 from difflayers.linear._direct import lu_factor
+from difflayers.qp._cone_gram import Gram
 from difflayers.qp._cones import Cones, Rotation
 from difflayers.qp._data import Data, Matrix, times, transposed
 from difflayers.qp._reduced import positions
@@ -53,8 +54,7 @@ class Eliminated(ConeFactor):
 
     def __init__(self, data: Data, cones: Cones, rotation: Rotation) -> None:
         self.cones, self.n, self.rotation, self.values = cones, data.layout.n, rotation, rotation.values
-        C = constraints(data)[0].expand(len(self.values), -1, -1)
-        self.C = cones.turned(rotation, C) if rotation.spectra else C
+        self.C: Tensor = constraints(data)[0]
         self.kept = torch.zeros_like(self.values, dtype=torch.bool)
         self.idle = self.weight = self.values
         self._factor(data.P)
@@ -69,16 +69,24 @@ class Eliminated(ConeFactor):
 
     def solve(self, first: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         rows = self.turned(rows)
-        x, z = self._solve(first + transposed(self.C, self.weight * rows), rows)
-        idle = self.idle * (times(self.C, x) - rows)
+        x, z = self._solve(first + self._transposed(self.weight * rows), rows)
+        idle = self.idle * (self._times(x) - rows)
         return x, self.turned(torch.where(self.kept, z / torch.where(self.kept, self.values, 1), idle), back=True)
 
     def solve_transposed(self, first: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         rows = self.turned(rows)
         kept = rows / torch.where(self.kept, self.values, 1)
-        x, u = self._solve(first + transposed(self.C, self.idle * rows), kept)
-        idle = self.weight * times(self.C, x) - self.idle * rows
+        x, u = self._solve(first + self._transposed(self.idle * rows), kept)
+        idle = self.weight * self._times(x) - self.idle * rows
         return x, self.turned(torch.where(self.kept, u, idle), back=True)
+
+    def _times(self, x: Tensor) -> Tensor:
+        """``C̃ x``."""
+        return self.turned(times(self.C, x))
+
+    def _transposed(self, z: Tensor) -> Tensor:
+        """``C̃ᵀ z``."""
+        return transposed(self.C, self.turned(z, back=True))
 
     def turned(self, rows: Tensor, *, back: bool = False) -> Tensor:
         """``Qᵀ v``, or ``Q v``."""
@@ -97,6 +105,7 @@ class Exact(Eliminated):
         self.weight = self.values * self.idle
         self.index, mask = positions(self.kept)
         self.mask = mask.to(self.values)
+        self.turned_C = self.cones.turned(self.rotation, self.C.expand(len(self.values), -1, -1))
         matrix = self._matrix(P)
         rows = matrix.abs().amax(-1)
         self.scale = torch.where(rows > 0, rows, 1).rsqrt()
@@ -118,14 +127,20 @@ class Exact(Eliminated):
             matrix[:, :n, :n] = P
         if self.rotation.spectra:
             curved = slice(self.cones.linear, None)
-            rows = self.C[:, curved]
+            rows = self.turned_C[:, curved]
             matrix[:, :n, :n] += rows.mT @ (self.weight[:, curved, None] * rows)
-        picked = self.C.gather(1, self.index[..., None].expand(-1, -1, n)) * self.mask[..., None]
+        picked = self.turned_C.gather(1, self.index[..., None].expand(-1, -1, n)) * self.mask[..., None]
         matrix[:, n:, :n], matrix[:, :n, n:] = picked, picked.mT
         values = torch.where(self.mask > 0, self.values.gather(1, self.index), 1)
         # Padding: an equation of its own.
         matrix[:, n:, n:].diagonal(dim1=-2, dim2=-1).copy_(1 - self.mask - (1 - values) / values)
         return matrix
+
+    def _times(self, x: Tensor) -> Tensor:
+        return times(self.turned_C, x)
+
+    def _transposed(self, z: Tensor) -> Tensor:
+        return transposed(self.turned_C, z)
 
     def _solve(self, first: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         rest = torch.where(self.mask > 0, kept.gather(-1, self.index), 0)
@@ -145,21 +160,18 @@ class Proximal(Eliminated):
     """
 
     def _factor(self, P: Tensor | None) -> None:
-        lengths, n = self.C.square().sum(-1), self.n
+        gram, n = Gram(self.C, self.cones, self.rotation), self.n
         soft = torch.where(self.values < 0.5, self.values / (1 - self.values), 0)
-        size = (soft * lengths).sum(-1)
+        size = (soft * gram.lengths).sum(-1)
         size = size if P is None else size + P.diagonal(dim1=-2, dim2=-1).sum(-1)
         # Weights are large next to what curvature there is, if there is any.
-        least = lengths / (HEAVY * torch.where(size > 0, size / n, 1).unsqueeze(-1))
+        least = gram.lengths / (HEAVY * torch.where(size > 0, size / n, 1).unsqueeze(-1))
         self.idle = 1 / (1 - self.values + least)
         self.weight = self.values * self.idle
-        index, mask = positions(self.weight > 0)
-        heavy = self.weight.gather(1, index) * mask
-        rows = self.C.gather(1, index[..., None].expand(-1, -1, n))
-        matrix = rows.mT @ (heavy[..., None] * rows)
+        matrix = gram(self.weight)
         matrix = matrix if P is None else matrix + P
         self.lower, info = torch.linalg.cholesky_ex(matrix)
-        self.degenerate = (info != 0) | ~self.lower.isfinite().all(-1).all(-1)
+        self.degenerate = (info != 0) | ~self.lower.sum((-2, -1)).isfinite()
 
     def _solve(self, first: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cholesky_solve(first.unsqueeze(-1), self.lower).squeeze(-1), kept
