@@ -133,7 +133,7 @@ def coefficients(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> 
         )
 
 
-def _hermite(b: Row) -> Array:
+def hermite(b: Row) -> Array:
     """The cubic through both ends of the step with their slopes, of order 3."""
     value, first, last = np.array([0, 3, -2.0]), np.array([1, -2, 1.0]), np.array([0, -1, 1.0])
     interpolant = np.outer([*b, 0.0], value)
@@ -155,16 +155,16 @@ def nested(b: Row, slope: int, extra: Sequence[Row]) -> Array:
     return total[:, 1:]
 
 
-EULER = Tableau(order=1, rows=((1.0,),), stages=1, interpolant=_hermite((1.0,)), interpolant_order=1)
+EULER = Tableau(order=1, rows=((1.0,),), stages=1, interpolant=hermite((1.0,)), interpolant_order=1)
 
-MIDPOINT = Tableau(order=2, rows=((0.5,), (0.0, 1.0)), stages=2, interpolant=_hermite((0.0, 1.0)), interpolant_order=2)
+MIDPOINT = Tableau(order=2, rows=((0.5,), (0.0, 1.0)), stages=2, interpolant=hermite((0.0, 1.0)), interpolant_order=2)
 
 # Kutta 1901.
 RK4 = Tableau(
     order=4,
     rows=((0.5,), (0, 0.5), (0, 0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
     stages=4,
-    interpolant=_hermite((1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+    interpolant=hermite((1 / 6, 1 / 3, 1 / 3, 1 / 6)),
     interpolant_order=3,
 )
 
@@ -175,7 +175,7 @@ BOSH3 = Tableau(
     stages=3,
     error=((-5 / 72, 1 / 12, 1 / 9, -1 / 8),),
     error_order=3,
-    interpolant=_hermite((2 / 9, 1 / 3, 4 / 9)),
+    interpolant=hermite((2 / 9, 1 / 3, 4 / 9)),
     interpolant_order=3,
 )
 
