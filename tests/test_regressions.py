@@ -91,3 +91,11 @@ def test_a_huge_sample_does_not_loosen_the_tolerance_of_those_it_steps_with(solv
     grown = 2e-3 * np.exp(5) / (1 + 2e-3 * (np.exp(5) - 1))
     assert solution.status.tolist() == [Status.SUCCESS, Status.NONFINITE]
     assert abs(solution.ys[-1, 0].item() - grown) < 1e-4
+
+
+@pytest.mark.parametrize("guess", [1.0, 0.5])
+def test_a_bound_that_an_equation_excludes_is_not_snapped_to(guess):
+    """The least-squares solution of both leaves the bound alone, whose row is so much shorter."""
+    A, ub = torch.tensor([[65536.0]]), torch.tensor([1.0])
+    x = solve_qp(torch.eye(1), torch.tensor([-5.0]), A=A, b=A[0] / 2, ub=ub, init=torch.tensor([guess])).x
+    assert x.item() == pytest.approx(0.5, abs=1e-12)

@@ -109,14 +109,20 @@ def _on(data: Data, active: Tensor, before: Reduced | None = None) -> Polished:
     violation = torch.cat(parts, dim=-1).abs().amax(-1)  # min(z, slack) = 0: both signs, and that one is zero
     # Least squares, or rows that nearly depend on each other, may solve what has no solution.
     verified = violation <= VIOLATION * (1 + data.magnitude)
+    if bool(system.degenerate.any()):
+        verified = verified & (found.rest.abs() <= VIOLATION * (1 + data.sides.abs())).all(-1)
     if not bool((torch.where(active, z, slack) >= 0).all()):
         verified = verified & ~signed_errors(active, data.limits, found.x, z, slack).any(-1)
     return Polished(found.x, found.w[:, :p], z, active, slack, violation, verified, system)
 
 
 def signed_errors(active: Tensor, limits: Tensor, x: Tensor, z: Tensor, slack: Tensor) -> Tensor:
-    """By how much multipliers of active rows and slacks of the others are negative, beyond rounding; else zero."""
+    """By how much multipliers of active rows and slacks of the others are negative, beyond rounding; else zero.
+
+    Or by how much an active row isn't at its limit: least squares leave short rows alone where longer ones oppose.
+    """
     size = 1 + torch.where(limits.isfinite(), limits, 0).abs() + x.abs().amax(-1, keepdim=True)
     scale = torch.where(active, 1 + z.abs().amax(-1, keepdim=True), size) if z.shape[-1] else size
     negative = torch.where(active, -z, -slack)
-    return torch.where(negative > 1e-11 * scale, negative / scale, 0)
+    errors = torch.where(negative > 1e-11 * scale, negative / scale, 0)
+    return torch.where(active & (slack > VIOLATION * size), slack / size, errors)
