@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from difflayers.errors import ProblemError, UnknownNameError
-from difflayers.qp._cone_pieces import Piece, Spectrum, pieces
+from difflayers.qp._cone_pieces import Piece, Reflected, Spectrum, pieces
 from difflayers.qp._sparse import Sparse
 
 
@@ -20,6 +20,22 @@ class Rotation(NamedTuple):
 
     values: Tensor  # (samples, rows), between zero and one
     spectra: tuple[Spectrum, ...]  # one for each piece of the curved cones
+
+
+class Derivative(NamedTuple):
+    """``D = B + U diag(w) Uᵀ``, per sample: blocks, and two eigenvectors of every long second-order cone."""
+
+    blocks: Sparse  # (rows, rows)
+    vectors: Sparse  # (rows, k)
+    weights: Tensor  # (samples, k)
+
+
+class _Entries(NamedTuple):
+    """Of a sparse matrix: places that broadcast to the values, but for their samples."""
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -135,20 +151,27 @@ class Cones:
         parts = list(sizes.split([first + self.linear, *self.sizes], dim=-1))
         return torch.cat([parts[0], *[part.amax(-1, keepdim=True).expand_as(part) for part in parts[1:]]], dim=-1)
 
-    def derivative(self, rotation: Rotation) -> Sparse:
-        """``D`` itself, block by block."""
-        samples, linear = len(rotation.values), torch.arange(self.linear, device=rotation.values.device)
-        rows, columns, values = [linear], [linear], [rotation.values[:, : self.linear]]
+    def derivative(self, rotation: Rotation) -> Derivative:
+        """``D`` itself."""
+        samples, linear, k = len(rotation.values), torch.arange(self.linear), 0
+        blocks = [_Entries(linear, linear, rotation.values[:, : self.linear])]
+        vectors, weights = [_Entries(linear[:0], linear[:0], rotation.values[:, :0])], [rotation.values[:, :0]]
         for piece, spectrum in zip(self._pieces, rotation.spectra, strict=True):
-            count, size = piece.index.shape
-            index = piece.index.to(linear.device) + self.linear
-            eye = torch.eye(size, dtype=rotation.values.dtype, device=linear.device).expand(samples, count, size, size)
-            block = spectrum.turned(spectrum.values.unsqueeze(-1) * spectrum.turned(eye), back=True)
-            rows.append(index.unsqueeze(-1).expand(count, size, size).flatten())
-            columns.append(index.unsqueeze(-2).expand(count, size, size).flatten())
-            values.append(block.flatten(1))
-        indices = torch.stack([torch.cat(rows), torch.cat(columns)])
-        return Sparse(indices, torch.cat(values, dim=-1), (self.rows, self.rows))
+            rows, values = piece.index + self.linear, spectrum.values
+            count, size = rows.shape
+            # Of long second-order cones, all eigenvalues but the first two are the same.
+            width = 2 if isinstance(spectrum, Reflected) else size
+            eye = torch.eye(size, width).to(values).expand(samples, count, size, width)
+            if width == 2:
+                columns = k + torch.arange(2 * count).reshape(count, 1, 2)
+                blocks.append(_Entries(rows, rows, values[..., 2:3].expand_as(values)))
+                vectors.append(_Entries(rows.unsqueeze(-1), columns, spectrum.turned(eye, back=True)))
+                weights.append((values[..., :2] - values[..., 2:3]).flatten(1))
+                k += 2 * count
+            else:
+                block = spectrum.turned(values.unsqueeze(-1) * spectrum.turned(eye), back=True)
+                blocks.append(_Entries(rows.unsqueeze(-1), rows.unsqueeze(-2), block))
+        return Derivative(_sparse(blocks, self.rows, self.rows), _sparse(vectors, self.rows, k), torch.cat(weights, -1))
 
     @cached_property
     def _pieces(self) -> tuple[Piece, ...]:
@@ -167,6 +190,13 @@ class Cones:
         index = torch.cat([piece.index.flatten() for piece in self._pieces])
         inverse = index.argsort()
         return None if torch.equal(inverse, torch.arange(len(index))) else inverse
+
+
+def _sparse(entries: list[_Entries], rows: int, columns: int) -> Sparse:
+    places = [[place.expand(e.values.shape[1:]).flatten() for place in (e.rows, e.columns)] for e in entries]
+    indices = torch.stack([torch.cat(parts) for parts in zip(*places, strict=True)])
+    values = torch.cat([e.values.flatten(1) for e in entries], dim=-1)
+    return Sparse(indices.to(values.device), values, (rows, columns))
 
 
 def _check_integers(name: str, values: tuple[Any, ...], least: int) -> None:

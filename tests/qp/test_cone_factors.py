@@ -11,6 +11,7 @@ from difflayers.qp import Cones, CvxpyLayer, Sparse, _cone_factors, solve_cone
 from difflayers.qp._cone_factor import Exact, Proximal
 from difflayers.qp._cone_projection import NearestFactor
 from difflayers.qp._cone_sparse import SparseFactor
+from difflayers.qp._data import Data
 
 CONES = Cones(5, 20, (8, 20), (3,), 2, (0.3,))
 
@@ -61,6 +62,64 @@ def test_every_factorization_gives_the_same(kind, sparse, monkeypatch):
     assert not solution.stats["degenerate"].any()
     contracts.assert_close((solution.x, solution.y), (x, y), 1e-9)
     contracts.assert_close(gradients, expected, 1e-8)
+
+
+LONG = Cones(zero=20, nonnegative=5, second_order=(401, 3, 41, 401))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_long_second_order_cones_are_no_dense_blocks(samples):
+    n, rows = 90, LONG.rows
+    generator = torch.Generator().manual_seed(1)
+    C = torch.zeros(rows, n).scatter(
+        1, torch.randint(n, (rows, 3), generator=generator), torch.randn(rows, 3, generator=generator)
+    )
+    v = torch.randn(samples, rows, generator=generator)
+    v[:, 25], v[:, 429], v[:, 470] = 0.4, 100, -100  # first rows of long cones: on, in and outside of it
+    y, P = LONG.project(v), torch.eye(n)
+    data = Data(P, torch.zeros(samples, n), C, torch.zeros(samples, rows))
+    rotation = LONG.rotation(v, y)
+    dense, sparse = Exact(data, LONG, rotation), SparseFactor(data.all_sparse(), LONG, rotation)
+    assert not sparse.degenerate.any()
+    entries = [system._lu.L.nnz + system._lu.U.nnz for system in sparse._systems]
+    assert max(entries) < 401**2 / 2  # of two such blocks
+    first, sides = torch.randn(samples, n, generator=generator), torch.randn(samples, rows, generator=generator)
+    D = LONG.derivative(rotation)
+    weighted = D.vectors.dense() * D.weights[:, None]
+    D = D.blocks.dense() + weighted @ D.vectors.dense().mT
+
+    def product(x, z, transposed):
+        moved = (D @ (x @ C.mT + z if transposed else z)[..., None])[..., 0]
+        return x + (z if transposed else moved) @ C, moved - z + (0 if transposed else x @ C.mT)
+
+    for transposed in (False, True):
+        solve = [getattr(factor, "solve_transposed" if transposed else "solve") for factor in (dense, sparse)]
+        exact = solve[0](first, sides)
+        contracts.assert_close(product(*exact, transposed), (first, sides), 1e-9)
+        x, z = solve[1](first, sides)
+        for _ in range(4):  # what regularization leaves
+            one, other = product(x, z, transposed)
+            x, z = (part + more for part, more in zip((x, z), solve[1](first - one, sides - other), strict=True))
+        contracts.assert_close((x, z), exact, 1e-9)
+
+
+def test_a_long_second_order_cone_gives_what_dense_data_give():
+    n = 400
+    generator = torch.Generator().manual_seed(0)
+    A = torch.zeros(n, 50).scatter(
+        1, torch.randint(50, (n, 3), generator=generator), torch.randn(n, 3, generator=generator)
+    )
+    b, P = torch.randn(2, n, generator=generator), torch.diag(torch.tensor([0.1] * 50 + [0.0]))
+    C = torch.zeros(n + 1, 51)
+    C[0, -1], C[1:, :50] = -1, -A
+    q = torch.eye(51)[-1]
+    found = []
+    for sparse in (False, True):
+        d = torch.cat([torch.zeros(2, 1), -b], dim=-1).requires_grad_()
+        solution = solve_cone(P, q, C.to_sparse() if sparse else C, d, Cones(second_order=(n + 1,)))
+        assert not solution.stats["degenerate"].any()
+        found.append((solution.x, solution.y, *torch.autograd.grad(solution.x.pow(3).sum(), d)))
+    contracts.assert_close(*found, 1e-9)
 
 
 def test_nearest_points_need_no_backend(monkeypatch):
