@@ -160,9 +160,9 @@ class Cones:
             rows, values = piece.index + self.linear, spectrum.values
             count, size = rows.shape
             # Of long second-order cones, all eigenvalues but the first two are the same.
-            width = 2 if isinstance(spectrum, Reflected) else size
-            eye = torch.eye(size, width).to(values).expand(samples, count, size, width)
-            if width == 2:
+            long = isinstance(spectrum, Reflected)
+            eye = torch.eye(size, 2 if long else size).to(values).expand(samples, count, -1, -1)
+            if long:
                 columns = k + torch.arange(2 * count).reshape(count, 1, 2)
                 blocks.append(_Entries(rows, rows, values[..., 2:3].expand_as(values)))
                 vectors.append(_Entries(rows.unsqueeze(-1), columns, spectrum.turned(eye, back=True)))

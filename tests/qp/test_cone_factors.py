@@ -64,7 +64,7 @@ def test_every_factorization_gives_the_same(kind, sparse, monkeypatch):
     contracts.assert_close(gradients, expected, 1e-8)
 
 
-LONG = Cones(zero=20, nonnegative=5, second_order=(401, 3, 41, 401))
+LONG = Cones(zero=20, nonnegative=5, second_order=(401, 2, 41, 401, 1))
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -75,7 +75,7 @@ def test_long_second_order_cones_are_no_dense_blocks(samples):
         1, torch.randint(n, (rows, 3), generator=generator), torch.randn(rows, 3, generator=generator)
     )
     v = torch.randn(samples, rows, generator=generator)
-    v[:, 25], v[:, 429], v[:, 470] = 0.4, 100, -100  # first rows of long cones: on, in and outside of it
+    v[:, 25], v[:, 428], v[:, 469] = 0.4, 100, -100  # first rows of long cones: on, in and outside of it
     y, P = LONG.project(v), torch.eye(n)
     data = Data(P, torch.zeros(samples, n), C, torch.zeros(samples, rows))
     rotation = LONG.rotation(v, y)
