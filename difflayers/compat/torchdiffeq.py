@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from difflayers import ode
 from difflayers._adjoint import Adjoint
 from difflayers._solver import Solver
+from difflayers.compat._ignored import ignored
 from difflayers.compat._ode_methods import seminorm_of, solver_of
 from difflayers.errors import ProblemError, SolverError
 
@@ -38,6 +39,7 @@ __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
 
 # Where a solve that looks for an event gives up.
 _HORIZON = 1e10
+_CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
 def odeint(
@@ -109,6 +111,8 @@ def odeint_event(
 
 
 def _solved(func: Callable[..., Any], y0: Any, t: Any, solver: Solver, adjoint: Adjoint | None, event_fn: Any) -> Any:
+    if callbacks := [name for name in _CALLBACKS if hasattr(func, name)]:
+        ignored(f"{', '.join(callbacks)} of func", "difflayers.monitor() tells of solves")
     if event_fn is None:
         return ode.odeint(func, y0, t, solver=solver, adjoint=adjoint).ys
     if len(t) != 2:

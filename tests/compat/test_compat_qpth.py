@@ -108,6 +108,7 @@ def test_gradients_are_those_of_differences(solver):
     blocks = [b.detach().requires_grad_() for b in program(2)]
     contracts.assert_close(QPFunction(solver=solver)(*blocks), QPFunction()(*blocks), 1e-9)
     assert torch.autograd.gradcheck(QPFunction(solver=solver), blocks)
+    assert torch.autograd.gradgradcheck(QPFunction(solver=solver), blocks)
 
 
 def test_shapes_and_blocks_that_are_missing():

@@ -119,6 +119,14 @@ def test_adaptive_steps_to_the_tolerance(method):
         torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["dopri8", "bosh3"])
+def test_outputs_between_steps(method):
+    exact = solved(ours, method="dopri8", rtol=1e-12, atol=1e-12)[0]
+    here, there = (float((solved(m, method=method)[0] - exact).detach().abs().max()) for m in (ours, torchdiffeq))
+    assert here < 1e-7
+    assert there > 100 * here
+
+
 @pytest.mark.parametrize("method", ["adaptive_heun", "fehlberg2", "explicit_adams", "implicit_adams", "scipy_solver"])
 def test_methods_that_run_there(method):
     options = {"rtol": 1e-5, "atol": 1e-6}
@@ -258,6 +266,18 @@ def test_options_without_a_meaning_warn():
         ours.odeint_adjoint(Field(), torch.ones(1, 2), TIMES, adjoint_options={"step_size": 0.1})
     with pytest.raises(ProblemError, match="seminorm"):
         ours.odeint_adjoint(Field(), torch.ones(1, 2), TIMES, adjoint_options={"norm": max})
+
+
+def test_callbacks_are_told_of_the_monitor():
+    field = Field()
+    field.callback_step = lambda t, y, dt: None
+    with pytest.warns(UserWarning, match=r"callback_step of func .* difflayers\.monitor"):
+        ours.odeint(field, torch.ones(1, 2), TIMES)
+
+
+def test_second_derivatives():
+    field, y0 = Field(), torch.tensor([[0.4, 0.2]], requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda y0: ours.odeint(field, y0, TIMES[:3], rtol=1e-9, atol=1e-9), y0)
 
 
 def test_the_step_limit():
