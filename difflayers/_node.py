@@ -9,6 +9,7 @@ every order of forward and reverse derivative comes from.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -70,15 +71,7 @@ class Call:
         known = self.inverse if not in_functorch() and self.inverse is not None else None
         problem = Linearized(self.problem, role == "adjoint", residual, known)
         linear_solver = self.linear_solver.held_to(self.solver.tolerance(value.dtype))
-        return replace(
-            self,
-            problem=problem,
-            solver=LinearSolve(linear_solver),
-            role=role,
-            stat_names=[],
-            learn=False,
-            inverse=None,
-        )
+        return Call(problem, LinearSolve(linear_solver), self.linear_solver, self.on_failure, role, self.closures)
 
     def refuse_higher_order(self) -> None:
         """Raise where a derivative of this derivative would be silently wrong."""
@@ -109,13 +102,16 @@ class _Implicit(torch.autograd.Function):
         call, _, *params = inputs
         value, status, *stats = output
         ctx.call = call
+        ctx.set_materialize_grads(False)  # statuses and statistics have none
         ctx.mark_non_differentiable(status, *stats)
         ctx.save_for_backward(value, status, *params)
         ctx.save_for_forward(value, status, *params)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         value, status, *params = ctx.saved_tensors
+        if cotangent is None:
+            return (None,) * (2 + len(params))
         wanted = [i for i, p in enumerate(params) if p.is_floating_point() and ctx.needs_input_grad[i + 2]]
 
         def rule(cotangent: Tensor) -> list[Tensor | None]:
@@ -148,6 +144,10 @@ class _Implicit(torch.autograd.Function):
         problem = call.problem.vmapped(in_batch, info.randomness)
         output = solved(replace(call, problem=problem), init.contiguous(), *params)
         return output, (0,) * len(output)
+
+
+# Torch asks for it in every call, and otherwise it is made anew.
+_Implicit.forward.__signature__ = inspect.signature(_Implicit.forward)  # type: ignore[attr-defined]
 
 
 def solved(call: Call, init: Tensor, *params: Tensor) -> tuple[Tensor, ...]:

@@ -111,7 +111,7 @@ def solve_qp(
     given_blocks = [P, q, G, h, A, b, lb, ub]
     numpy = uses_numpy(given_blocks, given_blocks)
     like = next((block for block in given_blocks if isinstance(block, Tensor)), None)
-    tensors = zip(NAMES, to_tensors(given_blocks, like), strict=True)
+    tensors = zip(NAMES, to_tensors(given_blocks, like) if numpy else given_blocks, strict=True)
     blocks = {name: as_sparse(block, name, like) for name, block in tensors}
     check_blocks(blocks)
     given = {name: block for name, block in blocks.items() if block is not None}
@@ -159,7 +159,7 @@ def _start(data: Data, samples: int, init: Any) -> Tensor:
     Raises:
         ProblemError: ``init`` is neither, or of another size.
     """
-    size = sum(data.layout.sizes)
+    size = data.layout.unknowns
     if init is None:
         return data.q.new_zeros(samples, size)
     point = init.point if isinstance(init, QPSolution) else init

@@ -15,6 +15,8 @@ from difflayers.qp._piqp import PIQP
 from difflayers.qp._solver import Answers, QPSolver
 from difflayers.qp._sparse_reduced import width
 
+_SMALL, _OTHERS = DAQP(), (PIQP(), Clarabel())
+
 
 @dataclass(frozen=True)
 class Auto(QPSolver):
@@ -39,11 +41,10 @@ class Auto(QPSolver):
         if not data.layout.inequalities:
             return (self,)
         if data.sparse:
-            return (Clarabel(), PIQP()) if width(data) > self.front else (PIQP(), Clarabel())
-        others = (PIQP(), Clarabel())
+            return _OTHERS[::-1] if width(data) > self.front else _OTHERS
         if data.q.device.type != "cpu":
-            return (InteriorPoint(), *others)
-        return (DAQP(), *others) if self._is_small(data.layout) and data.curved else others
+            return (InteriorPoint(), *_OTHERS)
+        return (_SMALL, *_OTHERS) if self._is_small(data.layout) and data.curved else _OTHERS
 
     def apart(self, data: Data) -> Tensor | None:
         # By sample: one without curvature, or without an answer, mustn't choose for the others.

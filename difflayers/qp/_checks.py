@@ -91,26 +91,36 @@ def check_objective(data: Data, given: torch.dtype) -> None:
         return
     if isinstance(P, Sparse):
         return _check_sparse_objective(P, given)
-    # The largest entries: of P - Pᵀ, which has each with both signs, and of P, if it is semidefinite.
-    skew, size = (P - P.mT).amax((-2, -1)), P.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
-    if bool((skew > 1e-8 * size).any()):
-        worst = float(skew.nan_to_num().max())
-        raise ProblemError(
-            f"P isn't symmetric{_sample(skew > 1e-8 * size)}: it differs from its transpose by {worst:.1e}; "
-            "pass (P + P.mT) / 2, which has the same objective"
-        )
+    if bool((difference := P - P.mT).any()):
+        _check_symmetric(P, difference)
     if data.curved or data.curvature is None:
         return
     doubtful = ~data.curvature[1] & P.isfinite().all(-1).all(-1)
     if not bool(doubtful.any()):
         return
     least = torch.linalg.eigvalsh(P[doubtful] if P.dim() > 2 else P[None])[:, 0]
-    scale = size[doubtful] if P.dim() > 2 else size[None]
+    scale = _size(P)[doubtful] if P.dim() > 2 else _size(P)[None]
     if bool((least < -_rounding(P.shape[-1], given) * scale).any()):
         raise ProblemError(
             f"P isn't positive semidefinite{_sample(doubtful)}: it has the eigenvalue {float(least.min()):.3g}, so the "
             "problem isn't convex; add a multiple of the identity, or use minimize() for a local minimum"
         )
+
+
+def _check_symmetric(P: Tensor, difference: Tensor) -> None:
+    skew = difference.amax((-2, -1))  # which has each entry with both signs
+    apart = skew > 1e-8 * _size(P)
+    if bool(apart.any()):
+        worst = float(skew.nan_to_num().max())
+        raise ProblemError(
+            f"P isn't symmetric{_sample(apart)}: it differs from its transpose by {worst:.1e}; "
+            "pass (P + P.mT) / 2, which has the same objective"
+        )
+
+
+def _size(P: Tensor) -> Tensor:
+    """The largest entry, which in a semidefinite matrix is on the diagonal."""
+    return P.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
 
 
 def _rounding(n: int, dtype: torch.dtype) -> float:

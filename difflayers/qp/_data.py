@@ -48,6 +48,10 @@ class Layout:
         """Rows of ``G`` and bounds."""
         return self.m + self.low + self.high
 
+    @cached_property
+    def unknowns(self) -> int:
+        return sum(self.sizes)
+
     def split(self, packed: Tensor) -> Point:
         """The parts of ``(*batch, n + p + m + low + high)``."""
         return Point(*packed.split_with_sizes(self.sizes, dim=-1))
@@ -140,8 +144,6 @@ class Data:
 
     def within_bounds(self, x: Tensor, active: Tensor) -> Tensor:
         """``x``, moved to bounds that are active or that it is beyond."""
-        if self.lb is None and self.ub is None:
-            return x
         _, low, high = active.split((self.layout.m, self.layout.low, self.layout.high), dim=-1)
         x = x if self.lb is None else torch.where(low | (x < self.lb), self.lb, x)
         return x if self.ub is None else torch.where(high | (x > self.ub), self.ub, x)
@@ -291,4 +293,4 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The factor, and whether each matrix is definite by more than rounding."""
     lower, info = torch.linalg.cholesky_ex(matrix)
     pivots, diagonal = (m.diagonal(dim1=-2, dim2=-1) for m in (lower, matrix))
-    return lower, (info == 0) & (pivots.square() > DEPENDENT * diagonal).all(-1)
+    return lower, info.logical_not() & (pivots.square() > DEPENDENT * diagonal).all(-1)

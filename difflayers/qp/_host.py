@@ -59,9 +59,9 @@ class Samples:
     def two_sided(self) -> tuple[Sequence[Array], Sequence[Array], Sequence[Array]]:
         """``[A; G]``, and what its rows are between, with bounds on ``x`` first where there are any."""
         data, layout = self._data, self.layout
-        lower = upper = data.sides[..., : layout.p + layout.m]
-        if layout.m:
-            lower = joined([lower[..., : layout.p], data.q.new_full((layout.m,), -torch.inf)], dim=-1)
+        upper = data.sides[..., : layout.p + layout.m]
+        lower = upper.clone()
+        lower[..., layout.p :] = -torch.inf
         if layout.low or layout.high:
             free = data.q.new_full((layout.n,), torch.inf)
             lower = joined([-free if data.lb is None else data.lb, lower], dim=-1)

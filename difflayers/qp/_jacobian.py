@@ -130,5 +130,5 @@ class ActiveSetSolve(LinearSolver):
 
     def solve(self, factor: Factor, rhs: Tensor, *, transpose: bool = False) -> LinearSolution:
         x, left = (factor.data.transpose if transpose else factor.data).solve(rhs)
-        status = torch.where(left.isfinite(), int(Status.SUCCESS), int(Status.NONFINITE))
+        status = torch.where(left < torch.inf, int(Status.SUCCESS), int(Status.NONFINITE))
         return LinearSolution(x, status.to(torch.int8), left, torch.ones_like(status))

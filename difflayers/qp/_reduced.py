@@ -10,7 +10,7 @@ from torch import Tensor
 from difflayers.qp._data import Data, cholesky, times, transposed
 
 # What Cholesky factorizations of well-conditioned systems leave, in units of rounding.
-ROUNDING = 64
+ROUNDING = 128
 
 
 class Solved(NamedTuple):
@@ -21,7 +21,14 @@ class Solved(NamedTuple):
     gradient: Tensor
     slack: Tensor  # of all rows
     rest: Tensor  # that of the kept ones, zero for others
-    exact: bool  # whether gradient and rest are no more than rounding
+    of_gradient: tuple[Tensor, ...]  # its terms
+    of_rows: tuple[Tensor, ...]  # theirs
+
+    @property
+    def exact(self) -> bool:
+        """Whether gradient and rest are no more than rounding."""
+        more = _is_more(self.gradient, self.of_gradient) | _is_more(self.rest, self.of_rows)
+        return not bool(more.any())
 
     @property
     def left(self) -> Tensor:
@@ -55,32 +62,29 @@ class Reduced:
         self.rows = self._gathered()
         self._factor()
 
-    def solve(self, first: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, first: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(x, w)`` with ``Px + [A; G; -I; I]ᵀw = first`` and ``[A; G; -I; I] x = sides`` in the kept rows.
 
-        ``w`` is zero in the others.
+        ``w`` is zero in the others. And of which size the terms were that cancel in rows, ``(samples, 1)``.
         """
         # Not a product: where there is no bound the right-hand side is infinite.
-        x, multipliers = self._solve(first, torch.where(self._mask, sides.gather(-1, self._index), 0))
-        return x, torch.zeros_like(sides).scatter(-1, self._index, multipliers)
+        x, multipliers, size = self._solve(first, torch.where(self._mask, sides.gather(-1, self._index), 0))
+        return x, torch.zeros_like(sides).scatter(-1, self._index, multipliers), size
 
     def solved(self, first: Tensor, sides: Tensor) -> Solved:
         """:meth:`solve` to rounding: once more for what is left, where that is more."""
-        x, w = self.solve(first, sides)
-        found = self._left(first, sides, x, w)
+        x, w, size = self.solve(first, sides)
+        found = self._left(first, sides, x, w, size)
         if found.exact:
             return found
-        dx, dw = self.solve(found.gradient, found.slack)
-        return self._left(first, sides, x + dx, w + dw)
+        dx, dw, _ = self.solve(found.gradient, found.slack)
+        return self._left(first, sides, x + dx, w + dw, size)
 
-    def _left(self, first: Tensor, sides: Tensor, x: Tensor, w: Tensor) -> Solved:
+    def _left(self, first: Tensor, sides: Tensor, x: Tensor, w: Tensor, size: Tensor) -> Solved:
         curved, drawn, reached = times(self.data.P, x), self.data.drawn(w), self.data.reached(x)
         gradient, slack = first - curved - drawn, sides - reached
         rest = torch.where(self.kept, slack, 0)
-        more = _is_more(gradient, torch.cat([curved, drawn], dim=-1))
-        if rest.shape[-1]:
-            more = more | _is_more(rest, reached)
-        return Solved(x, w, gradient, slack, rest, not bool(more.any()))
+        return Solved(x, w, gradient, slack, rest, (curved, drawn), (reached, size))
 
     def _gathered(self) -> Tensor:
         """``C``, ``(samples, k, n)``; zero where a sample has fewer than ``k`` rows."""
@@ -106,12 +110,14 @@ class Reduced:
         self._sigma: Tensor | None = None
         curvature = self.data.curvature if self.data.curved else None
         self._lower, curved = curvature or self._curved_by_rows()
+        self._upper = self._lower.mT
         self._reached = _triangular(self._lower, self.rows.mT)
-        gram = torch.bmm(self._reached.mT, self._reached)
+        self._drawn = self._reached.mT
+        gram = torch.bmm(self._drawn, self._reached)
         padding = ~self._mask
         gram.diagonal(dim1=-2, dim2=-1).add_(padding)
         self._inner, independent = cholesky(gram)
-        self.degenerate = ~(independent & curved).expand(self.samples)
+        self.degenerate = ~(independent if curvature else independent & curved)
         self._pseudoinverse = self._pseudo(padding[self.degenerate]) if bool(self.degenerate.any()) else None
 
     def _curved_by_rows(self) -> tuple[Tensor, Tensor]:
@@ -126,13 +132,14 @@ class Reduced:
         self._sigma = torch.where(own_curvature, 0, torch.where(ratio > 0, ratio, 1))[:, None]
         return cholesky(P + self._sigma[..., None] * gram)
 
-    def _solve(self, first: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    def _solve(self, first: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shifted = first if self._sigma is None else first + self._sigma * transposed(self.rows, rest)
         u = _triangular(self._lower, shifted.unsqueeze(-1))
-        inner = torch.baddbmm(rest.unsqueeze(-1), self._reached.mT, u, beta=-1)
+        inner = torch.baddbmm(rest.unsqueeze(-1), self._drawn, u, beta=-1)
+        size = torch.linalg.vector_norm(inner, dim=1)
         multipliers = torch.cholesky_solve(inner, self._inner)
         left = torch.baddbmm(u, self._reached, multipliers, alpha=-1)
-        x = _triangular(self._lower, left, transpose=True).squeeze(-1)
+        x = _triangular(self._upper, left, upper=True).squeeze(-1)
         multipliers = multipliers.squeeze(-1)
         if self._pseudoinverse is not None:
             both = torch.cat([first, rest], dim=-1)[self.degenerate]
@@ -140,7 +147,8 @@ class Reduced:
             x = x.index_put((self.degenerate,), least[:, : x.shape[1]])
             own = least[:, x.shape[1] :] * self._mask[self.degenerate]
             multipliers = multipliers.index_put((self.degenerate,), own)
-        return x, multipliers
+            size = size.index_put((self.degenerate,), size.new_zeros(()))
+        return x, multipliers, size
 
     def _pseudo(self, padding: Tensor) -> Tensor:
         rows, n = self.rows[self.degenerate], self.layout.n
@@ -165,17 +173,18 @@ class Patched(Reduced):
         self.kept = base.kept.index_put((samples,), part.kept)
         self.degenerate = base.degenerate.index_put((samples,), part.degenerate)
 
-    def solve(self, first: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, first: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         whole = self._base.solve(first, sides)
         part = self._part.solve(first[self._again], sides[self._again])
-        x, w = (old.index_put_((self._again,), new) for old, new in zip(whole, part, strict=True))
-        return x, w
+        x, w, size = (old.index_put_((self._again,), new) for old, new in zip(whole, part, strict=True))
+        return x, w, size
 
 
-def _is_more(left: Tensor, terms: Tensor) -> Tensor:
+def _is_more(left: Tensor, terms: tuple[Tensor, ...]) -> Tensor:
     """In which samples what is left is more than rounding of its terms."""
-    tolerance = ROUNDING * torch.finfo(left.dtype).eps
-    return left.abs().amax(-1) > tolerance * terms.abs().amax(-1)
+    size = torch.linalg.vector_norm(torch.cat(terms, dim=-1), dim=-1)
+    more: Tensor = torch.linalg.vector_norm(left, dim=-1) > ROUNDING * torch.finfo(left.dtype).eps * size
+    return more
 
 
 def with_equations(active: Tensor, p: int) -> Tensor:
@@ -190,13 +199,12 @@ def positions(kept: Tensor) -> tuple[Tensor, Tensor]:
     return index[:, :k], mask[:, :k]
 
 
-def _triangular(lower: Tensor, right: Tensor, *, transpose: bool = False) -> Tensor:
-    """``L⁻¹ B``, or ``L⁻ᵀ B``, for ``B`` of shape ``(samples, n, k)`` and ``L`` shared or one per sample."""
-    matrix = lower.mT if transpose else lower
-    if lower.dim() == 3:
-        each: Tensor = torch.linalg.solve_triangular(matrix, right, upper=transpose)
+def _triangular(matrix: Tensor, right: Tensor, *, upper: bool = False) -> Tensor:
+    """``M⁻¹ B`` for ``B`` of shape ``(samples, n, k)`` and a triangular ``M``, shared or one per sample."""
+    if matrix.dim() == 3:
+        each: Tensor = torch.linalg.solve_triangular(matrix, right, upper=upper)
         return each
     samples, n, k = right.shape
     columns = right.movedim(0, 1).reshape(n, samples * k)
-    solved: Tensor = torch.linalg.solve_triangular(matrix, columns, upper=transpose)
+    solved: Tensor = torch.linalg.solve_triangular(matrix, columns, upper=upper)
     return solved.reshape(n, samples, k).movedim(1, 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from difflayers._problem import Form, Problem
 from difflayers._progress import enter
-from difflayers._solution import Solution, Status, has_answer
+from difflayers._solution import Solution, Status, has_answer, in_shape
 from difflayers._solver import Solver, empty_solution
 from difflayers.qp._certificates import certified
 from difflayers.qp._data import Data
@@ -24,8 +24,12 @@ from difflayers.qp._sparse_reduced import reduced
 
 _TOUCHING = 1e-11  # the slack of a row that passes through the solution, beside its limit
 
-
-_RESULTS = ("x", "y", "z", "active", "status", "steps", "degenerate", "exact", "proofs")  # of a Work, by sample
+# What a Work finds of every sample: of which length, by the layout, if it isn't one number; and dtypes but the data's.
+_FOUND = {
+    "x": "n", "y": "p", "z": "inequalities", "active": "inequalities", "slack": "inequalities", "proofs": "unknowns",
+    "status": None, "steps": None, "degenerate": None, "exact": None, "residual": None,
+}  # fmt: skip
+_DTYPES = {"status": torch.int64, "steps": torch.int64} | dict.fromkeys(("active", "degenerate", "exact"), torch.bool)
 
 
 class Answers(NamedTuple):
@@ -86,17 +90,22 @@ class QPSolver(Solver):
 class Work:
     """One solve; samples that are broken or done are left out of what follows."""
 
+    proofs: Tensor
+    unclear: Tensor  # whether the data's units may mislead
+
     def __init__(self, solver: QPSolver, data: Data, samples: int) -> None:
         self.solver, self.data, self.samples = solver, data, samples
-        layout, like = data.layout, data.q
-        self.x, self.y = like.new_zeros(samples, layout.n), like.new_zeros(samples, layout.p)
-        self.z = like.new_zeros(samples, layout.inequalities)
-        self.active = torch.zeros_like(self.z, dtype=torch.bool)
-        self.status = torch.zeros(samples, dtype=torch.int64, device=like.device)
-        self.steps = torch.zeros_like(self.status)
-        self.degenerate = torch.zeros_like(self.status, dtype=torch.bool)
-        self.exact, self.unclear = torch.zeros_like(self.degenerate), torch.zeros_like(self.degenerate)
         self.whole: Polished | None = None  # of all samples, if all were verified at once
+
+    def __getattr__(self, name: str) -> Tensor:
+        """What nobody has found yet: zeros."""
+        if name not in _FOUND:
+            raise AttributeError(name)
+        columns, like = _FOUND[name], self.data.q
+        shape = (self.samples,) if columns is None else (self.samples, getattr(self.data.layout, columns))
+        found = torch.zeros(shape, dtype=_DTYPES.get(name, like.dtype), device=like.device)
+        setattr(self, name, found)
+        return found
 
     @property
     def limits(self) -> Tensor:
@@ -104,16 +113,14 @@ class Work:
         return self.data.limits.expand(self.samples, -1)
 
     def run(self, guess: Tensor | None) -> None:
-        self.proofs = self.x.new_zeros(self.samples, sum(self.data.layout.sizes))
         some = self.solver.apart(self.data)
         if some is None:
             self._run(guess)
             return
-        self.slack, self.residual = torch.zeros_like(self.z), self.x.new_zeros(self.samples)
         for part in (some, ~some):
             work = Work(self.solver, self.data.rows(part), int(part.sum()))
             work.run(None if guess is None else guess[part])
-            for name in (*_RESULTS, "slack", "residual"):
+            for name in _FOUND:
                 getattr(self, name)[part] = getattr(work, name)
 
     def _run(self, guess: Tensor | None) -> None:
@@ -125,7 +132,8 @@ class Work:
         if going is None and self.whole is not None:
             self._measure()  # by far the most common case
             return
-        going = self._mask(going)
+        if going is None:
+            going, self.unclear = torch.ones_like(self.exact), torch.zeros_like(self.exact)
         self._judge()
         if bool(self._open(going).any()):
             self._ask([backend, *others], going)
@@ -221,7 +229,7 @@ class Work:
         work.y, work.z = scaling.multipliers(work.y, work.z)
         work.proofs = scaling.proof(work.proofs)
         here = left.index_put((left.clone(),), better)
-        for name in _RESULTS:
+        for name in _FOUND:
             getattr(self, name)[here] = getattr(work, name)[better]
 
     def _open(self, going: Tensor) -> Tensor:
@@ -272,8 +280,7 @@ class Work:
             stats["certificate"] = self.proofs
         value, batch = self._point(init), init.shape[:batch_dims]
         state = None if self.whole is None else Inverse(self.whole.reduced, value, batch_dims)
-        stats = {name: stat.reshape(*batch, *stat.shape[1:]) for name, stat in stats.items()}
-        return Solution(value, self.status.to(torch.int8).reshape(batch), stats, state)
+        return in_shape(Solution(value, self.status.to(torch.int8), stats, state), batch)
 
     def _margin(self) -> Tensor:
         if self.slack.shape[-1] == 0:
@@ -291,10 +298,11 @@ class Work:
 
     def _point(self, init: Tensor) -> Tensor:
         """The unknown: multiplier minus slack, whose sign tells the active set even where both are zero."""
-        bounds = self.data.layout.low or self.data.layout.high
-        slack = torch.where(self.slack.isinf(), 1, self.slack) if bounds else self.slack
+        bounds, x, slack = self.data.layout.low or self.data.layout.high, self.x, self.slack
+        if bounds:
+            slack = torch.where(slack.isinf(), 1, slack)
+            x = self.data.within_bounds(x, self.active & self.exact[:, None])
         v = torch.where(self.active, self.z.clamp_min(torch.finfo(init.dtype).tiny), -slack.clamp_min(0))
-        x = self.data.within_bounds(self.x, self.active & self.exact[:, None])
         return torch.cat([x, self.y, v], dim=-1).to(init.dtype).reshape(init.shape)
 
 

@@ -46,12 +46,12 @@ class SparseReduced(Reduced):
         flags = [system.degenerate for system in self._systems]
         self.degenerate = torch.tensor(flags, dtype=torch.bool, device=active.device)
 
-    def solve(self, first: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, first: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, w = np.zeros(tuple(first.shape)), np.zeros(tuple(sides.shape))
         given = [t.detach().cpu().numpy() for t in (first, sides)]
         for i, system in enumerate(self._systems):
             x[i], w[i, system.kept] = system.solve(*[side[i] for side in given])
-        return torch.from_numpy(x).to(first), torch.from_numpy(w).to(first)
+        return torch.from_numpy(x).to(first), torch.from_numpy(w).to(first), first.new_zeros(self.samples, 1)
 
     def solved(self, first: Tensor, sides: Tensor) -> Solved:
         return self._left(first, sides, *self.solve(first, sides))
