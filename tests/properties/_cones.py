@@ -11,19 +11,7 @@ from torch import Tensor
 
 from difflayers import Status
 from difflayers.qp import Cones, CvxpyLayer, solve_cone
-from properties._core import (
-    DTYPES,
-    Property,
-    check_answers,
-    check_close,
-    check_gradients,
-    check_like,
-    counted,
-    expect,
-    random,
-    refused,
-    without,
-)  # fmt: skip
+from properties import _core as core
 
 KINDS = ("zero", "nonnegative", "second_order", "semidefinite", "exponential", "power")
 EXPONENT = 0.3
@@ -52,7 +40,7 @@ class ConeCase:
         return Cones(**{kind: sizes[kind] for kind in KINDS if kind in self.kinds})
 
     def data(self) -> dict[str, Tensor]:
-        normal, batch = random(self), max(self.batch, 1)
+        normal, batch = core.random(self), max(self.batch, 1)
         m, n, scale = self.cones.rows, self.n, 4.0**self.exponent
         L, C, x = normal(batch, n, n), normal(batch, m, n), normal(batch, n)
         P = L @ L.mT + 0.1 * torch.eye(n).double()
@@ -71,7 +59,7 @@ class ConeCase:
                 blocks["P"][1], blocks["C"][1], blocks["q"][1] = 0, 0, -1
         if not self.quadratic:
             del blocks["P"]
-        return {name: block[: self.batch].to(DTYPES[self.dtype], copy=True) for name, block in blocks.items()}
+        return {name: block[: self.batch].to(core.DTYPES[self.dtype], copy=True) for name, block in blocks.items()}
 
 
 def inside(kind: str, r: Tensor, *, dual: bool) -> Tensor:
@@ -126,10 +114,10 @@ def violation(kind: str, s: Tensor, *, dual: bool) -> Tensor:
 
 CASES = st.builds(
     ConeCase, st.lists(st.sampled_from(KINDS), min_size=1, max_size=2, unique=True).map(tuple), st.booleans(),
-    st.integers(1, 5), st.integers(0, 3), st.sampled_from(["float64", "float64", "float32"]),
+    st.integers(1, 5), st.integers(0, 3), core.PRECISIONS,
     st.sampled_from([0, 0, -3, 3]), st.sampled_from(["clarabel", "clarabel", "scs"]),
     st.sampled_from(["none", "nan", "inf", "infeasible", "unbounded"]), st.booleans(),
-    st.sampled_from([False] * 9 + [True]), st.integers(0, 10**6),
+    core.FLAWS, core.SEEDS,
 )  # fmt: skip
 
 
@@ -141,26 +129,26 @@ def called(case: ConeCase, blocks: dict[str, Any]) -> Any:
 
 
 def check(case: ConeCase) -> Counter:
-    blocks, dtype = case.data(), DTYPES[case.dtype]
+    blocks, dtype = case.data(), core.DTYPES[case.dtype]
     if case.flaw:
         wrong = [{"d": blocks["d"][..., :-1]}, {"q": blocks["q"].long()}, {"C": None}][case.seed % 3]
-        return refused(lambda: called(case, blocks | wrong))
+        return core.refused(lambda: called(case, blocks | wrong))
     leaves = {name: block.requires_grad_() for name, block in blocks.items()}
     found = called(case, leaves)
-    ok = check_answers(check_like(found.x, (case.batch, case.n), dtype), found.status)
+    ok = core.check_answers(core.check_like(found.x, (case.batch, case.n), dtype), found.status)
     for part in (found.y, found.s):
-        check_answers(check_like(part, (case.batch, case.cones.rows), dtype), found.status)
+        core.check_answers(core.check_like(part, (case.batch, case.cones.rows), dtype), found.status)
     check_optimal(case, {name: block.detach().double() for name, block in blocks.items()}, found, ok)
     check_claims(case, found.status)
     if case.numpy:
         plain = called(case, {name: block.detach().numpy() for name, block in blocks.items()})
-        check_like(plain.x, (case.batch, case.n), dtype, numpy=True)
+        core.check_like(plain.x, (case.batch, case.n), dtype, numpy=True)
     gradients = gradients_of(found.x, ok, leaves)
-    check_gradients(gradients, ok)
-    expect(all(g.isfinite().all() for g in gradients), "a gradient isn't finite")
+    core.check_gradients(gradients, ok)
+    core.expect(all(g.isfinite().all() for g in gradients), "a gradient isn't finite")
     if case.batch > 1 and case.sick != "none":
         check_others(case, blocks, found, gradients)
-    return counted(found.status)
+    return core.counted(found.status)
 
 
 def gradients_of(x: Tensor, ok: Tensor, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -177,12 +165,12 @@ def check_optimal(case: ConeCase, blocks: dict[str, Tensor], found: Any, ok: Ten
     if case.quadratic:
         gradient = gradient + (data["P"] @ x[..., None])[..., 0]
         size = size + (data["P"].abs() @ x.abs()[..., None])[..., 0]
-    expect((gradient.abs() <= tolerance * size.amax(-1, keepdim=True)).all(), "success, but not stationary")
+    core.expect((gradient.abs() <= tolerance * size.amax(-1, keepdim=True)).all(), "success, but not stationary")
     reached = (data["C"] @ x[..., None])[..., 0] + s - data["d"]
     units = 1 + (data["C"].abs() @ x.abs()[..., None])[..., 0] + data["d"].abs()
-    expect((reached.abs() <= tolerance * units.amax(-1, keepdim=True)).all(), "success, but Cx + s isn't d")
+    core.expect((reached.abs() <= tolerance * units.amax(-1, keepdim=True)).all(), "success, but Cx + s isn't d")
     gap = (y * s).sum(-1).abs() / ((y * data["d"]).abs().sum(-1) + (x * data["q"]).abs().sum(-1) + 1e-6)
-    expect((gap <= 10 * tolerance).all(), f"success, but yᵀs isn't zero: {gap.tolist()}")
+    core.expect((gap <= 10 * tolerance).all(), f"success, but yᵀs isn't zero: {gap.tolist()}")
     first = 0
     for kind in [kind for kind in KINDS if kind in case.kinds]:
         rows = slice(first, first + {"zero": 1, "nonnegative": 2}.get(kind, 3))
@@ -190,38 +178,40 @@ def check_optimal(case: ConeCase, blocks: dict[str, Tensor], found: Any, ok: Ten
         for part, dual in ((s, False), (y, True)):
             size = part.abs().amax(-1) + (1 if dual is False else 4.0**case.exponent)
             over = violation(kind, part[:, rows], dual=dual)
-            expect((over <= 10 * tolerance * size).all(), f"success, but outside of the {kind} cone: {over.tolist()}")
+            core.expect(
+                (over <= 10 * tolerance * size).all(), f"success, but outside of the {kind} cone: {over.tolist()}"
+            )
 
 
 def check_claims(case: ConeCase, status: Tensor) -> None:
     if case.batch > 1 and case.sick != "none":
         if case.sick in ("nan", "inf"):
-            expect(status[1] == Status.NONFINITE, f"NaN in, {Status(int(status[1])).name} out")
+            core.expect(status[1] == Status.NONFINITE, f"NaN in, {Status(int(status[1])).name} out")
         elif case.sick == "infeasible" and set(case.kinds) - {"exponential"}:
-            expect(status[1] != Status.SUCCESS, "success of an infeasible sample")
+            core.expect(status[1] != Status.SUCCESS, "success of an infeasible sample")
         elif case.sick == "unbounded":
-            expect(status[1] != Status.SUCCESS, "success of an unbounded sample")
-        status = without(status, 1)
+            core.expect(status[1] != Status.SUCCESS, "success of an unbounded sample")
+        status = core.without(status, 1)
     wrong = (status == Status.INFEASIBLE) | (status == Status.UNBOUNDED) | (status == Status.NONFINITE)
     if case.dtype == "float64":
-        expect(not wrong.any(), f"{[Status(int(s)).name for s in status]}, but there is a solution")
+        core.expect(not wrong.any(), f"{[Status(int(s)).name for s in status]}, but there is a solution")
         if case.exponent == 0 and case.solver == "clarabel" and case.quadratic:
             names = [Status(int(s)).name for s in status]
-            expect((status == Status.SUCCESS).all(), f"{names} of an easy problem")
+            core.expect((status == Status.SUCCESS).all(), f"{names} of an easy problem")
 
 
 def check_others(case: ConeCase, blocks: dict[str, Tensor], found: Any, gradients: Any) -> None:
     """The healthy samples, solved without the sick one."""
-    alone = {name: without(block.detach(), 1).requires_grad_() for name, block in blocks.items()}
-    other, kept = called(case, alone), without(found.status, 1)
-    expect((other.status == kept).all(), f"a sick sample turns {other.status.tolist()} into {kept.tolist()}")
+    alone = {name: core.without(block.detach(), 1).requires_grad_() for name, block in blocks.items()}
+    other, kept = called(case, alone), core.without(found.status, 1)
+    core.expect((other.status == kept).all(), f"a sick sample turns {other.status.tolist()} into {kept.tolist()}")
     if not case.quadratic or case.dtype == "float32" or case.solver == "scs":
         return
-    check_close(without(found.x, 1)[other.ok], other.x[other.ok], 1e-6, "a healthy value")
+    core.check_close(core.without(found.x, 1)[other.ok], other.x[other.ok], 1e-6, "a healthy value")
     own = gradients_of(other.x, other.ok, alone)
     scale = 1 + max(float(g.abs().max()) for g in own)
     for mine, expected in zip(gradients, own, strict=True):
-        expect(((without(mine, 1) - expected).abs() <= 1e-3 * scale).all(), "a healthy gradient moves")
+        core.expect(((core.without(mine, 1) - expected).abs() <= 1e-3 * scale).all(), "a healthy gradient moves")
 
 
 @dataclass(frozen=True)
@@ -267,48 +257,48 @@ def answer(problem: str, a: Tensor) -> Tensor:
 
 
 def check_cvxpy(case: Values) -> Counter:
-    layer, dtype = made(case.problem), DTYPES[case.dtype]
-    a = (random(case)(case.batch, 3) * 10.0**case.exponent).to(dtype)
+    layer, dtype = made(case.problem), core.DTYPES[case.dtype]
+    a = (core.random(case)(case.batch, 3) * 10.0**case.exponent).to(dtype)
     if case.batch > 1 and case.sick != "none":
         a[1, 0] = float(case.sick)
     if case.flaw:
-        return refused(lambda: layer(*[(a[..., :2],), (a.long(),), (a, a), ()][case.seed % 4]))
+        return core.refused(lambda: layer(*[(a[..., :2],), (a.long(),), (a, a), ()][case.seed % 4]))
     if case.numpy:
-        check_like(layer(a.numpy())[0], (case.batch, 3), dtype, numpy=True)
+        core.check_like(layer(a.numpy())[0], (case.batch, 3), dtype, numpy=True)
     a.requires_grad_()
     found = layer.solve(a)
     (x,) = found.value
-    ok = check_answers(check_like(x, (case.batch, 3), dtype), found.status)
+    ok = core.check_answers(core.check_like(x, (case.batch, 3), dtype), found.status)
     good = a.detach()[ok].double()
     tolerance = 1e-5 if case.dtype == "float64" else 1e-3
     expected = answer(case.problem, good)
-    expect((x.detach()[ok].double() - expected).abs().le(tolerance * (1 + good.abs().amax())).all()
+    core.expect((x.detach()[ok].double() - expected).abs().le(tolerance * (1 + good.abs().amax())).all()
            if ok.any() else True, "success, but another answer than the closed form")  # fmt: skip
     finite = a.detach().isfinite().all(-1)
-    expect(not (ok & ~finite).any(), "success of a sample that isn't finite")
+    core.expect(not (ok & ~finite).any(), "success of a sample that isn't finite")
     if case.problem == "between":
-        expect(not (ok & (a.detach() > 1 + 1e-6).any(-1)).any(), "success of an infeasible sample")
+        core.expect(not (ok & (a.detach() > 1 + 1e-6).any(-1)).any(), "success of an infeasible sample")
     elif case.exponent <= 0:
-        expect(ok[finite].all(), f"{found.status.tolist()} of an easy problem")
+        core.expect(ok[finite].all(), f"{found.status.tolist()} of an easy problem")
     (gradient,) = torch.autograd.grad(x[ok].sum() + 0 * a.nan_to_num(0, 0, 0).sum(), a)
-    check_gradients([gradient], ok)
-    expect(gradient.isfinite().all(), "a gradient isn't finite")
+    core.check_gradients([gradient], ok)
+    core.expect(gradient.isfinite().all(), "a gradient isn't finite")
     if case.batch > 1 and not bool(finite[1]):
-        b = without(a.detach(), 1).requires_grad_()
+        b = core.without(a.detach(), 1).requires_grad_()
         alone = layer.solve(b)
-        expect(alone.status.equal(without(found.status, 1)), "a sick sample changes a status")
+        core.expect(alone.status.equal(core.without(found.status, 1)), "a sick sample changes a status")
         (own,) = torch.autograd.grad(alone.value[0][alone.ok].sum() + 0 * b.sum(), b)
-        check_close(alone.value[0][alone.ok], without(x, 1)[alone.ok], tolerance, "a healthy value")
+        core.check_close(alone.value[0][alone.ok], core.without(x, 1)[alone.ok], tolerance, "a healthy value")
         scale = 1 + float(own.abs().amax())
-        expect((own - without(gradient, 1)).abs().amax() <= 1e-3 * scale, "a healthy gradient moves")
-    return counted(found.status)
+        core.expect((own - core.without(gradient, 1)).abs().amax() <= 1e-3 * scale, "a healthy gradient moves")
+    return core.counted(found.status)
 
 
 VALUES = st.builds(
     Values, st.sampled_from(["ball", "box", "simplex", "softmax", "between"]), st.integers(0, 3),
-    st.sampled_from(["float64", "float64", "float32"]), st.sampled_from([0, 0, -2, 2]),
-    st.sampled_from(["none", "nan", "inf"]), st.booleans(), st.sampled_from([False] * 9 + [True]),
-    st.integers(0, 10**6),
+    core.PRECISIONS, st.sampled_from([0, 0, -2, 2]),
+    st.sampled_from(["none", "nan", "inf"]), st.booleans(), core.FLAWS,
+    core.SEEDS,
 )  # fmt: skip
 
 
@@ -348,15 +338,17 @@ def check_scaled(case: Scaled) -> Counter:
         solved.append(found)
         gradients.append(dict(zip(leaves, gradients_of(found.x, found.ok, leaves), strict=True)))
     one, two = solved
-    expect(one.status.equal(two.status), f"{one.status.tolist()}, but in other units {two.status.tolist()}")
+    core.expect(one.status.equal(two.status), f"{one.status.tolist()}, but in other units {two.status.tolist()}")
     x, y = (part.detach()[one.ok] for part in (one.x, two.x))
     unit = 10.0 ** (case.side - case.unknowns)
-    check_close(y / unit, x, 1e-6, "an answer in other units")
+    core.check_close(y / unit, x, 1e-6, "an answer in other units")
     for name, gradient in gradients[0].items():
         back = gradients[1][name] * scale_of(case, name) / unit
         size = 1 + float(gradient.abs().amax())
-        expect(((back - gradient).abs() <= 1e-5 * size).all(), f"the gradient in {name} is another one in other units")
-    return counted(two.status)
+        core.expect(
+            ((back - gradient).abs() <= 1e-5 * size).all(), f"the gradient in {name} is another one in other units"
+        )
+    return core.counted(two.status)
 
 
 def scale_of(case: Scaled, name: str) -> float:
@@ -374,11 +366,11 @@ def scale_of(case: Scaled, name: str) -> float:
 DECADES = st.integers(-6, 6)
 SCALES = st.builds(
     Scaled, st.lists(st.sampled_from(KINDS[2:]), min_size=1, max_size=2, unique=True).map(tuple), st.booleans(),
-    DECADES, DECADES, DECADES, DECADES, st.sampled_from(["none", "nan", "infeasible"]), st.integers(0, 10**6),
+    DECADES, DECADES, DECADES, DECADES, st.sampled_from(["none", "nan", "infeasible"]), core.SEEDS,
 )  # fmt: skip
 
 PROPERTIES = [
-    Property("solve_cone in any units", "cone", Scaled, SCALES, check_scaled),
-    Property("solve_cone", "cone", ConeCase, CASES, check),
-    Property("CvxpyLayer", "cone", Values, VALUES, check_cvxpy),
+    core.Property("solve_cone in any units", "cone", Scaled, SCALES, check_scaled),
+    core.Property("solve_cone", "cone", ConeCase, CASES, check),
+    core.Property("CvxpyLayer", "cone", Values, VALUES, check_cvxpy),
 ]

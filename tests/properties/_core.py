@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis.strategies import SearchStrategy
+from hypothesis import strategies as st
 
 from difflayers import Status
 from difflayers.errors import ProblemError
@@ -20,6 +20,11 @@ from difflayers.errors import ProblemError
 SECONDS = 60  # for one example that should take milliseconds; machines may be busy
 EPS = {torch.float64: 2e-16, torch.float32: 1.2e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What cases of all functions are drawn from.
+PRECISIONS = st.sampled_from(["float64", "float64", "float32"])
+FLAWS = st.sampled_from([False] * 9 + [True])
+SEEDS = st.integers(0, 10**6)
 
 
 class Violation(AssertionError):
@@ -41,7 +46,7 @@ class Property:
     name: str
     family: str
     case: type
-    cases: SearchStrategy
+    cases: st.SearchStrategy
     check: Callable[[Any], Counter]
 
     def __call__(self, case: Any) -> Counter:

@@ -12,20 +12,7 @@ from torch import Tensor, nn
 
 from difflayers import Status
 from difflayers.ode import CheckpointedAdjoint, Dopri5, Event, Kvaerno5, ODELayer, Rodas, Tsit5, odeint
-from properties._core import (
-    DTYPES,
-    EPS,
-    Property,
-    check_answers,
-    check_close,
-    check_gradients,
-    check_like,
-    counted,
-    expect,
-    random,
-    refused,
-    without,
-)  # fmt: skip
+from properties import _core as core
 
 # (y, k) with states (..., 2) and k (..., 1) positive; each sample has its own k.
 FIELDS = {
@@ -67,7 +54,7 @@ class Flow:
 
     def data(self) -> tuple[Tensor, Tensor, Tensor]:
         """States, times and rates, in the dtype."""
-        normal, dtype = random(self), DTYPES[self.dtype]
+        normal, dtype = core.random(self), core.DTYPES[self.dtype]
         y0, k = normal(self.batch, 2) * 10.0**self.exponent, normal(self.batch, 1).abs() + 0.2
         t = torch.linspace(0, 2, self.outputs).double()
         if self.times == "backward":
@@ -100,9 +87,9 @@ def fitting(case: Flow) -> Flow:
 CASES = st.builds(
     Flow, st.sampled_from([*TAME, *FIELDS]), st.sampled_from([*ADAPTIVE, *STEPS, *FIXED]), st.integers(0, 3),
     st.integers(1, 4), st.sampled_from(["usual", "usual", "backward", "equal", "own", "ragged"]), st.booleans(),
-    st.sampled_from(["none", "none", "terminal", "counted"]), st.sampled_from(["float64", "float64", "float32"]),
-    st.sampled_from([0, 0, 0, -3, 2]), st.sampled_from(SICK), st.booleans(), st.sampled_from([False] * 9 + [True]),
-    st.integers(0, 10**6),
+    st.sampled_from(["none", "none", "terminal", "counted"]), core.PRECISIONS,
+    st.sampled_from([0, 0, 0, -3, 2]), st.sampled_from(SICK), st.booleans(), core.FLAWS,
+    core.SEEDS,
 ).map(fitting)  # fmt: skip
 
 
@@ -112,7 +99,7 @@ class Field(nn.Module):
     def __init__(self, case: Flow) -> None:
         super().__init__()
         self.case, self.calls = case, 0
-        self.factor = nn.Parameter(torch.ones((), dtype=DTYPES[case.dtype]))
+        self.factor = nn.Parameter(torch.ones((), dtype=core.DTYPES[case.dtype]))
 
     def forward(self, t: Tensor, y: Tensor, k: Tensor) -> Tensor:
         self.calls += 1
@@ -130,30 +117,32 @@ def check(case: Flow) -> Counter:
     field, options = Field(case), {"batch_dims": 1, "solver": case.chosen(), "on_failure": "ignore"}
     if case.flaw:
         y0, t = [(y0.int(), t), (y0, t[..., :0])][case.seed % 2]
-        return refused(lambda: odeint(field, y0, t, (k,), **options))
+        return core.refused(lambda: odeint(field, y0, t, (k,), **options))
     if case.numpy:
         with torch.no_grad():
             field.factor.requires_grad_(False)
             plain = odeint(field, y0.numpy(), t.numpy(), (k.numpy(),), **options)
-            check_like(plain.ys, (t.shape[-1], *y0.shape), y0.dtype, numpy=True)
+            core.check_like(plain.ys, (t.shape[-1], *y0.shape), y0.dtype, numpy=True)
             field.factor.requires_grad_()
     y0.requires_grad_()
     k.requires_grad_()
     found = odeint(field, y0, t, (k,), event=event_of(case), **options)
-    expect(field.calls <= 200_000, f"{field.calls} evaluations")
-    ys = check_like(found.ys, (t.shape[-1], *y0.shape), y0.dtype).detach()
+    core.expect(field.calls <= 200_000, f"{field.calls} evaluations")
+    ys = core.check_like(found.ys, (t.shape[-1], *y0.shape), y0.dtype).detach()
     ok = torch.as_tensor(found.status).reshape(-1) == int(Status.SUCCESS)
     ended = check_events(case, found, ys, t, ok)
     asked = ~t.isnan() if t.dim() > 1 else torch.ones(case.batch, len(t), dtype=torch.bool)
     for i in range(case.batch):
         if ok[i] and not ended[i] and t.shape[-1] > 1:  # else nothing was solved
-            expect(ys[asked[i], i].isfinite().all(), "success, but a state isn't finite")
+            core.expect(ys[asked[i], i].isfinite().all(), "success, but a state isn't finite")
         if not ok[i]:
-            expect(ys[-1, i].isnan().all() or not asked[i, -1], "a failed sample has a last state")
+            core.expect(ys[-1, i].isnan().all() or not asked[i, -1], "a failed sample has a last state")
         if ok[i] and case.solver not in FIXED and case.field != "kinked":
             check_against_scipy(case, found, ys[:, i], t[i] if t.dim() > 1 else t, y0[i], k[i], float(ended[i]))
     check_tame(case, found)
-    return counted(found.status) + check_flow_gradients(case, found, field, (y0, t, k), asked & ~ended[:, None], ok)
+    return core.counted(found.status) + check_flow_gradients(
+        case, found, field, (y0, t, k), asked & ~ended[:, None], ok
+    )
 
 
 def check_events(case: Flow, found: Any, ys: Tensor, t: Tensor, ok: Tensor) -> Tensor:
@@ -167,11 +156,13 @@ def check_events(case: Flow, found: Any, ys: Tensor, t: Tensor, ok: Tensor) -> T
         y = found.event_y.detach()[ended].double()
         g = y[:, 0] - 0.5 * y[:, 1].square() + 0.1
         size = 1 + y.norm(dim=1) ** 2
-        expect((g.abs() <= 1e4 * EPS[DTYPES[case.dtype]] * size).all(), f"not zero at the event: {g.tolist()}")
+        core.expect(
+            (g.abs() <= 1e4 * core.EPS[core.DTYPES[case.dtype]] * size).all(), f"not zero at the event: {g.tolist()}"
+        )
         inside = (found.event_t[ended] >= t.min()) & (found.event_t[ended] <= t.max())
-        expect(inside.all(), "an event before the start or after the end")
+        core.expect(inside.all(), "an event before the start or after the end")
     else:
-        expect((met.sum(-1) == found.event_count)[ok].all(), "times and counts of events differ")
+        core.expect((met.sum(-1) == found.event_count)[ok].all(), "times and counts of events differ")
     return ended
 
 
@@ -189,26 +180,26 @@ def check_against_scipy(case: Flow, found: Any, ys: Tensor, t: Tensor, y0: Tenso
     with np.errstate(all="ignore"):
         method = "LSODA" if case.field == "relaxation" else "DOP853"
         tight = solve_ivp(slope, (0, ends[-1]), start, method, ends, rtol=1e-10, atol=1e-12 * (1e-3 + abs(start).max()))
-    expect(tight.success or ended, f"success, but the solution ends at {tight.t[-1] if len(tight.t) else 0}")
+    core.expect(tight.success or ended, f"success, but the solution ends at {tight.t[-1] if len(tight.t) else 0}")
     size = 1 + np.abs(tight.y).max() if tight.y.size else 1
     growth = np.exp(min(float(rate.max()) * 4, 8)) if case.field not in ("decay", "constant") else 10
-    limit = 300 * growth * (1e-6 + 20 * EPS[DTYPES[case.dtype]]) * size
+    limit = 300 * growth * (1e-6 + 20 * core.EPS[core.DTYPES[case.dtype]]) * size
     if case.field == "explosion":
         limit *= size**2  # errors grow like the square of the solution
     for time, y in zip(np.abs(times - times[0]), ys[: len(times)].double().numpy(), strict=True):
         here = np.flatnonzero(tight.t == time)
         if len(here) and np.isfinite(y).all():
             error = np.abs(y - tight.y[:, here[0]]).max()
-            expect(error <= limit, f"success, but {error:.1e} away from the solution; {limit:.1e} is fine")
+            core.expect(error <= limit, f"success, but {error:.1e} away from the solution; {limit:.1e} is fine")
 
 
 def check_tame(case: Flow, found: Any) -> None:
     if case.field in TAME and case.exponent <= 0 and (case.sick == "none" or case.per_sample or case.solver in FIXED):
-        status = without(found.status, 1) if case.sick != "none" and case.batch > 1 else found.status
+        status = core.without(found.status, 1) if case.sick != "none" and case.batch > 1 else found.status
         shared = case.batch > 1 and case.sick != "none" and case.solver not in (*STEPS, *FIXED, "scipy")
         if not shared:
             names = [Status(int(s)).name for s in status]
-            expect((status == int(Status.SUCCESS)).all(), f"{names} of an easy problem")
+            core.expect((status == int(Status.SUCCESS)).all(), f"{names} of an easy problem")
 
 
 def check_flow_gradients(
@@ -225,29 +216,29 @@ def check_flow_gradients(
         return torch.autograd.grad(found.ys[used].sum() + nothing, leaves)
 
     gradients = gradient(found, used, y0, k, field.factor)
-    check_gradients(gradients[:2], ok)
+    core.check_gradients(gradients[:2], ok)
     wild = case.field in ("explosion", "kinked") or case.exponent > 0
-    expect(wild or all(g.isfinite().all() for g in gradients), "a gradient isn't finite")
+    core.expect(wild or all(g.isfinite().all() for g in gradients), "a gradient isn't finite")
     if case.batch < 2 or case.sick == "none" or wild:
         return Counter()
-    own = [without(x.detach(), 1).requires_grad_() for x in (y0, k)]
-    times = without(t, 1) if t.dim() > 1 else t
+    own = [core.without(x.detach(), 1).requires_grad_() for x in (y0, k)]
+    times = core.without(t, 1) if t.dim() > 1 else t
     alone = odeint(
         field, own[0], times, own[1:], batch_dims=1, solver=case.chosen(), event=event_of(case), on_failure="ignore"
     )
-    if not alone.status.equal(without(found.status, 1)):
+    if not alone.status.equal(core.without(found.status, 1)):
         independent = (case.per_sample and case.solver in STEPS) or case.times in ("own", "ragged")
-        expect(not independent, f"a sick sample turns {alone.status.tolist()} into {found.status.tolist()}")
+        core.expect(not independent, f"a sick sample turns {alone.status.tolist()} into {found.status.tolist()}")
         return Counter()
     keep = used[:, [i for i in range(case.batch) if i != 1]]
     # Samples that step together share steps, which a sick one may choose: the solution is the same to the tolerance.
     tolerance = 1e-3 if case.dtype == "float64" else 3e-2
-    check_close(found.ys.detach()[:, [i for i in range(case.batch) if i != 1]][keep], alone.ys[keep], tolerance,
+    core.check_close(found.ys.detach()[:, [i for i in range(case.batch) if i != 1]][keep], alone.ys[keep], tolerance,
                 "a healthy value")  # fmt: skip
     if not bool(ok[1]):
         moved = gradient(alone, keep, *own, field.factor)
-        check_close(without(gradients[0], 1), moved[0], 10 * tolerance, "a healthy gradient")
-        expect(
+        core.check_close(core.without(gradients[0], 1), moved[0], 10 * tolerance, "a healthy gradient")
+        core.expect(
             (gradients[2] - moved[2]).abs() <= 10 * tolerance * (1 + moved[2].abs()), "the parameter's gradient moves"
         )
     return Counter()
@@ -260,20 +251,22 @@ def check_layer(case: Flow) -> Counter:
     layer = ODELayer(field, t, solver=case.chosen(), batch_dims=1, event=event_of(case), on_failure="ignore")
     y0.requires_grad_()
     found = layer.solve(y0, k)
-    ys = check_like(layer(y0, k), (t.shape[-1], *y0.shape), y0.dtype)
-    expect(torch.equal(ys.detach().nan_to_num(7), found.ys.detach().nan_to_num(7)), "forward() and solve() differ")
+    ys = core.check_like(layer(y0, k), (t.shape[-1], *y0.shape), y0.dtype)
+    core.expect(torch.equal(ys.detach().nan_to_num(7), found.ys.detach().nan_to_num(7)), "forward() and solve() differ")
     if case.event == "none" and case.solver in STEPS:
         adjoint = CheckpointedAdjoint()
         plain = odeint(field, y0, t, (k,), batch_dims=1, solver=case.chosen(), adjoint=adjoint, on_failure="ignore")
-        expect(torch.equal(plain.ys.detach().nan_to_num(7), ys.detach().nan_to_num(7)), "odeint() has other states")
+        core.expect(
+            torch.equal(plain.ys.detach().nan_to_num(7), ys.detach().nan_to_num(7)), "odeint() has other states"
+        )
     ok = found.ok & (ys.detach()[-1].isfinite().all(-1))
-    check_answers(ys[-1].detach()[ok], found.status[ok])
+    core.check_answers(ys[-1].detach()[ok], found.status[ok])
     (gradient,) = torch.autograd.grad(ys[-1][ok].sum() + 0 * y0.nan_to_num(0, 0, 0).sum(), y0)
-    check_gradients([gradient], ok)
-    return counted(found.status)
+    core.check_gradients([gradient], ok)
+    return core.counted(found.status)
 
 
 PROPERTIES = [
-    Property("odeint", "ode", Flow, CASES, check),
-    Property("ODELayer", "ode", Flow, CASES.filter(lambda case: not case.flaw), check_layer),
+    core.Property("odeint", "ode", Flow, CASES, check),
+    core.Property("ODELayer", "ode", Flow, CASES.filter(lambda case: not case.flaw), check_layer),
 ]

@@ -13,20 +13,7 @@ from difflayers import CallableSolver, ImplicitAdjoint, ImplicitFunction, RootPr
 from difflayers.errors import ProblemError
 from difflayers.fixedpoint import fixed_point, least_squares, minimize, root
 from difflayers.linear import LeastSquares
-from properties._core import (
-    DTYPES,
-    EPS,
-    Property,
-    check_answers,
-    check_close,
-    check_gradients,
-    check_like,
-    counted,
-    expect,
-    random,
-    refused,
-    without,
-)  # fmt: skip
+from properties import _core as core
 
 # (z, W, x) with samples first; W is shared and orthogonal.
 FUNCTIONS = {
@@ -101,7 +88,7 @@ class System:
 
     def data(self) -> tuple[Tensor, Tensor, Tensor]:
         """Start, ``W`` and ``x``, in float64 but exact in the dtype."""
-        normal, dtype = random(self), DTYPES[self.dtype]
+        normal, dtype = core.random(self), core.DTYPES[self.dtype]
         W, x = torch.linalg.qr(normal(self.n, self.n)).Q, normal(self.batch, self.n) * 10.0**self.exponent
         if self.batch > 1 and SICK[self.sick] is not None:
             x[1] = SICK[self.sick]
@@ -113,7 +100,7 @@ def cases(form: str) -> st.SearchStrategy:
         System, st.just(form), st.sampled_from(list(FUNCTIONS[form])), st.sampled_from(SOLVERS[form]),
         st.integers(0, 4), st.integers(1, 5), st.sampled_from(["float64", "float32"]),
         st.sampled_from([0, 0, 0, -6, -2, 2, 6]), st.sampled_from(list(SICK)), st.booleans(),
-        st.sampled_from([False] * 9 + [True]), st.integers(0, 10**6),
+        core.FLAWS, core.SEEDS,
     )  # fmt: skip
 
 
@@ -149,34 +136,34 @@ def check(case: System) -> Counter:
 
 def solved(case: System) -> Counter:
     start, W, x = case.data()
-    dtype = DTYPES[case.dtype]
+    dtype = core.DTYPES[case.dtype]
     z0, W_, x_ = (t.to(dtype, copy=True) for t in (start, W, x))
     if case.flaw:
         wrong = [(z0.int(), case), (z0.to(torch.complex64), case), (z0, replace(case, solver="newtn"))][case.seed % 3]
-        return refused(lambda: called(wrong[1], wrong[0], (W_, x_)))
+        return core.refused(lambda: called(wrong[1], wrong[0], (W_, x_)))
     if case.numpy:
         found = called(case, z0.numpy(), (W_.numpy(), x_.numpy()))
-        value = check_like(found.value, start.shape, dtype, numpy=True)
-        ok = check_answers(value, found.status)
+        value = core.check_like(found.value, start.shape, dtype, numpy=True)
+        ok = core.check_answers(value, found.status)
         check_conditions(case, value, ok, start, W, x)
-        return counted(found.status)
+        return core.counted(found.status)
     W_.requires_grad_()
     x_.requires_grad_()
     found = called(case, z0, (W_, x_))
-    ok = check_answers(check_like(found.value, start.shape, dtype), found.status)
+    ok = core.check_answers(core.check_like(found.value, start.shape, dtype), found.status)
     steep = check_conditions(case, found.value, ok, start, W, x)
     gradients = gradient(found.value, ok, W_, x_)
-    check_gradients(gradients[1:], ok)
+    core.check_gradients(gradients[1:], ok)
     if steep.all() and ok.any() and case.kind != "kinked":
         check_derivatives(case, found.value, ok, W, x, gradients)
     if case.batch > 1 and SICK[case.sick] is not None:
         check_others(case, found, (z0, W_, x_), gradients, bool(steep.all()))
-    return counted(found.status)
+    return core.counted(found.status)
 
 
 def check_conditions(case: System, value: Tensor, ok: Tensor, start: Tensor, W: Tensor, x: Tensor) -> Tensor:
     """That success is one; of the samples ``ok``, whether the Jacobian is so regular that answers are close too."""
-    tolerance, regular = EPS[DTYPES[case.dtype]] ** (2 / 3), []
+    tolerance, regular = core.EPS[core.DTYPES[case.dtype]] ** (2 / 3), []
     for i in ok.nonzero().reshape(-1).tolist():
         z = value[i].detach().double()
         F = condition(case, z, W, x[i])
@@ -186,8 +173,8 @@ def check_conditions(case: System, value: Tensor, ok: Tensor, start: Tensor, W: 
         limit = 2 * tolerance * (1 + scale)
         if case.solver.startswith("scipy"):
             limit = torch.maximum(limit, max(tolerance, 1e-8) ** 0.5 * first) + 1e-8 * (1 + start[i].norm())
-        rounding = 100 * EPS[DTYPES[case.dtype]] * (jacobian.norm() * z.norm() + x[i].norm() + scale)
-        expect(F.norm() <= limit + rounding, f"success, but ‖F‖ = {F.norm():.2e} where {limit:.2e} is asked for")
+        rounding = 100 * core.EPS[core.DTYPES[case.dtype]] * (jacobian.norm() * z.norm() + x[i].norm() + scale)
+        core.expect(F.norm() <= limit + rounding, f"success, but ‖F‖ = {F.norm():.2e} where {limit:.2e} is asked for")
         values = torch.linalg.svdvals(jacobian) if jacobian.isfinite().all() else torch.zeros(1)
         exact = float(F.norm() / values[-1].clamp_min(1e-300)) <= 1e3 * tolerance * (1 + float(z.norm()))
         regular.append(exact and bool(values[-1] > 1e-2 * values[0]) and bool(1e-3 < values[0] < 1e3))
@@ -209,30 +196,30 @@ def check_derivatives(case: System, value: Tensor, ok: Tensor, W: Tensor, x: Ten
         shared -= torch.einsum("i,ijk->jk", u, in_W)
         scale = 1e-5 if case.dtype == "float64" and not case.solver.startswith("scipy") else 3e-2
         curvature = 1 + float(x[i].norm())
-        check_close(gradients[1][i], -u @ in_x, scale * curvature, "the gradient of x")
+        core.check_close(gradients[1][i], -u @ in_x, scale * curvature, "the gradient of x")
     if case.exponent <= 0:
-        check_close(gradients[0], shared, 10 * scale, "the gradient of W")
+        core.check_close(gradients[0], shared, 10 * scale, "the gradient of W")
 
 
 def check_others(case: System, found: Any, data: tuple[Tensor, ...], gradients: Any, regular: bool) -> None:
     """The healthy samples, solved without the sick one."""
     z0, W, x = data
-    z0, x = without(z0, 1), without(x.detach(), 1).requires_grad_()
+    z0, x = core.without(z0, 1), core.without(x.detach(), 1).requires_grad_()
     alone = called(case, z0, (W, x))
-    kept = without(found.status, 1)
+    kept = core.without(found.status, 1)
     if case.kind in ("contraction", "affine", "cubic", "coupled", "quadratic") and case.exponent <= 0:
-        expect((alone.status == kept).all(), f"a sick sample turns {alone.status.tolist()} into {kept.tolist()}")
+        core.expect((alone.status == kept).all(), f"a sick sample turns {alone.status.tolist()} into {kept.tolist()}")
     if not regular or not alone.ok.equal(kept == 0):
         return
     tolerance = 1e-6 if case.dtype == "float64" and not case.solver.startswith("scipy") else 1e-2
     if case.kind in ("pole", "rosenbrock", "expanding"):
         return  # which of several answers is found, rounding may decide
-    check_close(without(found.value, 1)[alone.ok], alone.value[alone.ok], tolerance, "a healthy value")
+    core.check_close(core.without(found.value, 1)[alone.ok], alone.value[alone.ok], tolerance, "a healthy value")
     if not bool(found.ok[1]):
         own = gradient(alone.value, alone.ok, W, x)
-        check_close(without(gradients[1], 1), own[1], 10 * tolerance, "a healthy gradient")
+        core.check_close(core.without(gradients[1], 1), own[1], 10 * tolerance, "a healthy gradient")
         if case.kind != "kinked":
-            check_close(gradients[0], own[0], 10 * tolerance, "the gradient of healthy samples in W")
+            core.check_close(gradients[0], own[0], 10 * tolerance, "the gradient of healthy samples in W")
 
 
 def newton(residual: Any, z: np.ndarray) -> np.ndarray:
@@ -247,35 +234,35 @@ def newton(residual: Any, z: np.ndarray) -> np.ndarray:
 
 def check_implicit(case: System) -> Counter:
     """``ImplicitFunction`` around somebody's routine: its four methods agree."""
-    start, W, x = (t.to(DTYPES[case.dtype], copy=True) for t in case.data())
+    start, W, x = (t.to(core.DTYPES[case.dtype], copy=True) for t in case.data())
     adjoint = ImplicitAdjoint(LeastSquares()) if case.seed % 2 else ImplicitAdjoint()
     solver = CallableSolver(newton)
     function = ImplicitFunction(RootProblem(case.fn, batch_dims=1), solver, adjoint, on_failure="ignore")
     W.requires_grad_()
     x.requires_grad_()
     found, plain = function(W, x, init=start), function.solve(W, x, init=start)
-    ok = check_answers(check_like(found.value, start.shape, start.dtype), found.status)
-    expect(not plain.value.requires_grad, "solve() has a graph")
-    expect(torch.equal(plain.value.nan_to_num(1), found.value.detach().nan_to_num(1)), "solve() has another value")
+    ok = core.check_answers(core.check_like(found.value, start.shape, start.dtype), found.status)
+    core.expect(not plain.value.requires_grad, "solve() has a graph")
+    core.expect(torch.equal(plain.value.nan_to_num(1), found.value.detach().nan_to_num(1)), "solve() has another value")
     scipy = replace(case, solver="scipy")
     regular = check_conditions(scipy, found.value, ok, *(t.detach().double() for t in (start, W, x)))
     cotangent = torch.ones_like(start) * ok[:, None]
     pulled = function.vjp((W, x), plain, cotangent)
-    check_gradients([pulled[1]], ok)
+    core.check_gradients([pulled[1]], ok)
     if case.numpy:
         answer = function(W.detach().numpy(), x.detach().numpy(), init=start.numpy()).value
-        check_like(answer, start.shape, start.dtype, numpy=True)
+        core.check_like(answer, start.shape, start.dtype, numpy=True)
     if regular.all() and ok.any():
         tolerance = 1e-6 if case.dtype == "float64" else 1e-2
-        check_close(pulled[1], gradient(found.value, ok, x)[0], tolerance, "vjp()")
+        core.check_close(pulled[1], gradient(found.value, ok, x)[0], tolerance, "vjp()")
         moved = function.jvp((W, x), plain, (torch.ones_like(W), ok[:, None] * torch.ones_like(x)))
         pushed, pull = (moved[ok].sum(), pulled[0].sum() + pulled[1][ok].sum())
         scale = float(pulled[0].abs().sum() + pulled[1].abs().sum() + 1)
-        expect((pushed - pull).abs() <= tolerance * scale, f"jvp() is {pushed:.6e}, vjp() {pull:.6e}")
-    return counted(found.status)
+        core.expect((pushed - pull).abs() <= tolerance * scale, f"jvp() is {pushed:.6e}, vjp() {pull:.6e}")
+    return core.counted(found.status)
 
 
 PROPERTIES = [
-    *[Property(form, "fixedpoint", System, cases(form), check) for form in FUNCTIONS],
-    Property("ImplicitFunction", "fixedpoint", System, cases("root"), check_implicit),
+    *[core.Property(form, "fixedpoint", System, cases(form), check) for form in FUNCTIONS],
+    core.Property("ImplicitFunction", "fixedpoint", System, cases("root"), check_implicit),
 ]

@@ -10,20 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from difflayers.fixedpoint import DEQ, MonotoneConvDEQ, MonotoneDEQ, MultiscaleDEQ
-from properties._core import (
-    DTYPES,
-    EPS,
-    Property,
-    check_answers,
-    check_close,
-    check_gradients,
-    check_like,
-    counted,
-    expect,
-    random,
-    refused,
-    without,
-)  # fmt: skip
+from properties import _core as core
 
 SICK = {"nan": torch.nan, "infinite": torch.inf, "none": None}
 SOLVERS = {
@@ -51,10 +38,10 @@ class Input:
 
     def data(self) -> Tensor:
         shape = {"DEQ": (4,), "MonotoneDEQ": (3,)}.get(self.layer, (2, self.size, self.size + 1))
-        x = random(self)(self.batch, *shape) * 10.0**self.exponent
+        x = core.random(self)(self.batch, *shape) * 10.0**self.exponent
         if self.batch > 1 and SICK[self.sick] is not None:
             x[1].reshape(-1)[0] = SICK[self.sick]
-        return x.to(DTYPES[self.dtype])
+        return x.to(core.DTYPES[self.dtype])
 
     def made(self) -> nn.Module:
         with torch.random.fork_rng():
@@ -65,7 +52,7 @@ class Input:
                 "MultiscaleDEQ": lambda: MultiscaleDEQ(2, (4, 8), groups=2, **options),
                 "MonotoneDEQ": lambda: MonotoneDEQ(3, 5, margin=min(self.gain, 1), **options),
                 "MonotoneConvDEQ": lambda: MonotoneConvDEQ(2, 3, margin=min(self.gain, 1), **options),
-            }[self.layer]().to(DTYPES[self.dtype])
+            }[self.layer]().to(core.DTYPES[self.dtype])
         with torch.no_grad():
             for name, weight in layer.named_parameters():
                 if "norm" not in name and "stem" not in name:
@@ -88,8 +75,8 @@ def cases(layer: str) -> st.SearchStrategy:
     return st.builds(
         Input, st.just(layer), st.sampled_from(SOLVERS[layer]), st.integers(0, 3), st.integers(3, 6),
         st.sampled_from(["float64", "float32"]), st.sampled_from([0.1, 1.0, 1.0, 3.0]),
-        st.sampled_from([0, 0, -4, 3]), st.sampled_from(list(SICK)), st.sampled_from([False] * 9 + [True]),
-        st.integers(0, 10**6),
+        st.sampled_from([0, 0, -4, 3]), st.sampled_from(list(SICK)), core.FLAWS,
+        core.SEEDS,
     )  # fmt: skip
 
 
@@ -127,21 +114,21 @@ def check(case: Input) -> Counter:
     layer, x = case.made(), case.data()
     if case.flaw:
         wrong = [x[:, :1], x.reshape(-1)[:1], x[..., :1]][case.seed % 3]
-        return refused(lambda: layer(wrong)) if case.layer == "MultiscaleDEQ" and case.batch else Counter()
+        return core.refused(lambda: layer(wrong)) if case.layer == "MultiscaleDEQ" and case.batch else Counter()
     x.requires_grad_()
     found = layer.solve(x)
     weights = list(layer.parameters())
     check_shapes(case, parts(found.value))
     values = rows(parts(found.value))
-    ok = check_answers(values, found.status)
+    ok = core.check_answers(values, found.status)
     check_equilibria(case, layer, found, x, ok)
     gradients = torch.autograd.grad(
         values[ok].sum() + 0 * x.nan_to_num(0, 0, 0).sum(), [x, *weights], allow_unused=True
     )
-    check_gradients(gradients[:1], ok)
+    core.check_gradients(gradients[:1], ok)
     if case.batch > 1 and SICK[case.sick] is not None:
         check_others(case, layer, found, x, gradients)
-    return counted(found.status)
+    return core.counted(found.status)
 
 
 def check_shapes(case: Input, values: tuple[Tensor, ...]) -> None:
@@ -151,7 +138,7 @@ def check_shapes(case: Input, values: tuple[Tensor, ...]) -> None:
         "MultiscaleDEQ": [(b, 4, h, w), (b, 8, -(-h // 2), -(-w // 2))],
     }[case.layer]  # fmt: skip
     for value, shape in zip(values, shapes, strict=True):
-        check_like(value, shape, DTYPES[case.dtype])
+        core.check_like(value, shape, core.DTYPES[case.dtype])
 
 
 def check_equilibria(case: Input, layer: nn.Module, found: Any, x: Tensor, ok: Tensor) -> None:
@@ -159,34 +146,38 @@ def check_equilibria(case: Input, layer: nn.Module, found: Any, x: Tensor, ok: T
         z = tuple(part[ok].double() for part in parts(found.value))
         layer.double()
         again = rows(applied(layer, z if isinstance(found.value, tuple) else z[0], x[ok].double()))
-        layer.to(DTYPES[case.dtype])
+        layer.to(core.DTYPES[case.dtype])
     error, size = (again - rows(z)).norm(dim=1), rows(z).norm(dim=1)
-    eps = EPS[DTYPES[case.dtype]]
+    eps = core.EPS[core.DTYPES[case.dtype]]
     limit = 2 * eps ** (2 / 3) * (1 + size) + 1e3 * eps * (1 + size + 10.0**case.exponent)
-    expect((error <= limit).all(), f"success, but ‖f(z) - z‖ is {error.tolist()} where {limit.tolist()} is asked for")
+    core.expect(
+        (error <= limit).all(), f"success, but ‖f(z) - z‖ is {error.tolist()} where {limit.tolist()} is asked for"
+    )
 
 
 def check_others(case: Input, layer: nn.Module, found: Any, x: Tensor, gradients: Any) -> None:
     """The healthy samples, solved without the sick one."""
-    alone = layer.solve(without(x.detach(), 1).requires_grad_())
-    kept = without(found.status, 1)
+    alone = layer.solve(core.without(x.detach(), 1).requires_grad_())
+    kept = core.without(found.status, 1)
     # Cells of large weights may have several equilibria, or none.
     if case.gain > 1 and not case.layer.startswith("Monotone"):
         return
     if case.solver != "anderson" and case.layer != "DEQ":
-        expect((alone.status == kept).all(), f"a sick sample turns {alone.status.tolist()} into {kept.tolist()}")
+        core.expect((alone.status == kept).all(), f"a sick sample turns {alone.status.tolist()} into {kept.tolist()}")
     if not alone.ok.equal(kept == 0):
         return
     tolerance = 1e-6 if case.dtype == "float64" else 1e-2
-    values, own = without(rows(parts(found.value)), 1), rows(parts(alone.value))
-    check_close(values[alone.ok], own[alone.ok], tolerance, "a healthy value")
+    values, own = core.without(rows(parts(found.value)), 1), rows(parts(alone.value))
+    core.check_close(values[alone.ok], own[alone.ok], tolerance, "a healthy value")
     if bool(found.ok[1]) or case.dtype == "float32":
         return
     grads = torch.autograd.grad(own[alone.ok].sum() + 0 * sum(w.sum() for w in layer.parameters()), layer.parameters())
     scale = max(float(g.abs().max()) for g in grads)
     for mine, expected in zip(gradients[1:], grads, strict=True):
         mine = torch.zeros_like(expected) if mine is None else mine
-        expect((mine - expected).abs().max() <= 1e-5 * (1 + scale), "a sick sample changes the gradient of weights")
+        core.expect(
+            (mine - expected).abs().max() <= 1e-5 * (1 + scale), "a sick sample changes the gradient of weights"
+        )
 
 
-PROPERTIES = [Property(layer, "fixedpoint", Input, cases(layer), check) for layer in SOLVERS]
+PROPERTIES = [core.Property(layer, "fixedpoint", Input, cases(layer), check) for layer in SOLVERS]
