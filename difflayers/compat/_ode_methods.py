@@ -94,7 +94,7 @@ def solver_of(method: Any, rtol: Any, atol: Any, options: Mapping[str, Any] | No
     name = "dopri5" if method is None else method
     if name not in METHODS:
         raise UnknownNameError("method", str(name), METHODS)
-    tolerances: dict[str, Any] = {"rtol": _number("rtol", rtol), "atol": _number("atol", atol)}
+    tolerances: dict[str, Any] = {"rtol": number("rtol", rtol), "atol": number("atol", atol)}
     if name in ADAPTIVE:
         return ADAPTIVE[name](**tolerances, **_own(given, {"max_num_steps": "max_steps"}))
     if name in FIXED:
@@ -129,7 +129,12 @@ def _own(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]
     return {own: options[name] for name, own in names.items() if options.get(name) is not None}
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """A tolerance.
+
+    Raises:
+        ProblemError: it is more than one number.
+    """
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:

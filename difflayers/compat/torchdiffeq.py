@@ -32,7 +32,7 @@ from difflayers import ode
 from difflayers._adjoint import Adjoint
 from difflayers._solver import Solver
 from difflayers.compat._ignored import ignored
-from difflayers.compat._ode_methods import seminorm_of, solver_of
+from difflayers.compat._ode_methods import number, seminorm_of, solver_of
 from difflayers.errors import ProblemError, SolverError
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_event"]
@@ -87,8 +87,8 @@ def odeint_adjoint(
     known = set(func.parameters()) if isinstance(func, nn.Module) else set()
     closes_over = any(p.requires_grad and p not in known for p in adjoint_params or ())
     backward = ode.BacksolveAdjoint(
-        rtol=float(rtol if adjoint_rtol is None else adjoint_rtol),
-        atol=float(atol if adjoint_atol is None else adjoint_atol),
+        rtol=number("adjoint_rtol", rtol if adjoint_rtol is None else adjoint_rtol),
+        atol=number("adjoint_atol", atol if adjoint_atol is None else adjoint_atol),
         seminorm=seminorm_of(adjoint_method, adjoint_options),
     )
     return _solved(func, y0, t, solver, None if closes_over else backward, event_fn)

@@ -92,6 +92,17 @@ def program(batch, seed=0):
     return [block.requires_grad_() for block in (L @ L.mT + 0.1 * torch.eye(4), p, G, h, A, b)]
 
 
+def test_of_a_shared_block_qpth_has_the_mean():
+    qpth = pytest.importorskip("qpth.qp")
+    found = []
+    for function in (QPFunction, qpth.QPFunction):
+        Q, p, *rest = program(None)
+        z = function(verbose=-1)(Q, torch.stack([p, -p, 2 * p]), *rest)
+        found.append(torch.autograd.grad(z.square().sum(), (Q, *rest)))
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(here, 3 * there, rtol=1e-5, atol=1e-5)
+
+
 def test_beside_qpth_itself():
     qpth = pytest.importorskip("qpth.qp")
     found = []

@@ -264,6 +264,8 @@ def test_options_without_a_meaning_warn():
         ours.odeint_adjoint(Field(), torch.ones(1, 2), TIMES, adjoint_method="rk4")
     with pytest.warns(UserWarning, match=r"\['step_size'\]"):
         ours.odeint_adjoint(Field(), torch.ones(1, 2), TIMES, adjoint_options={"step_size": 0.1})
+    with pytest.raises(ProblemError, match="adjoint_rtol must be one number"):
+        ours.odeint_adjoint(Field(), torch.ones(1, 2), TIMES, adjoint_rtol=(1e-3, 1e-4))
     with pytest.raises(ProblemError, match="seminorm"):
         ours.odeint_adjoint(Field(), torch.ones(1, 2), TIMES, adjoint_options={"norm": max})
 

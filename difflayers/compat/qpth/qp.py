@@ -22,7 +22,7 @@ from torch import Tensor
 
 from difflayers._solver import Solver
 from difflayers.compat._ignored import ignored
-from difflayers.qp import QPSolution, solve_qp
+from difflayers.qp import QPLayer, QPSolution
 
 __all__ = ["QPFunction", "QPSolvers"]
 
@@ -78,4 +78,5 @@ class QPFunction:
         symmetric = (Q + Q.mT) / 2
         blocks = [block if block.numel() else None for block in (G, h, A, b)]
         solver = _SOLVERS[self.solver] if isinstance(self.solver, QPSolvers) else self.solver
-        return solve_qp(symmetric, p, *blocks, solver=solver, on_failure="ignore" if self.verbose < 0 else "warn")
+        layer = QPLayer(solver=solver, on_failure="ignore" if self.verbose < 0 else "warn")
+        return layer.solve(symmetric, p, *blocks)
