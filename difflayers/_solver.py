@@ -280,6 +280,15 @@ class CallableSolver(HostSolver):
         return HostResult(self.fn(fn, x0), Status.SUCCESS)
 
 
+def narrowed(value: Tensor, status: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Answers ``(samples, n)`` in the dtype, and their statuses: ``NONFINITE`` where they overflow."""
+    value = value.to(dtype)
+    if dtype == torch.float64:
+        return value, status
+    lost = has_answer(status) & ~value.isfinite().all(-1)
+    return value, torch.where(lost, int(Status.NONFINITE), status)
+
+
 def mask_failed(value: Tensor, status: Tensor) -> Tensor:
     """NaN, with zero gradient, where a sample has no answer."""
     return torch.where(widen(has_answer(status), value), value, torch.nan)

@@ -99,3 +99,13 @@ def test_a_bound_that_an_equation_excludes_is_not_snapped_to(guess):
     A, ub = torch.tensor([[65536.0]]), torch.tensor([1.0])
     x = solve_qp(torch.eye(1), torch.tensor([-5.0]), A=A, b=A[0] / 2, ub=ub, init=torch.tensor([guess])).x
     assert x.item() == pytest.approx(0.5, abs=1e-12)
+
+
+def test_an_answer_that_overflows_in_its_dtype_is_none():
+    q = torch.tensor([[-1e10], [-1.0]], dtype=torch.float32, requires_grad=True)
+    solution = solve_qp(torch.tensor([[1e-30]], dtype=torch.float32), q, on_failure="ignore")
+    assert solution.status.tolist() == [Status.NONFINITE, Status.SUCCESS]
+    assert solution.x[0].isnan()
+    solution.x[solution.ok].sum().backward()
+    assert q.grad[0] == 0
+    assert q.grad[1].isfinite()

@@ -13,7 +13,7 @@ from torch import Tensor
 from difflayers._problem import Form, Problem
 from difflayers._progress import enter
 from difflayers._solution import Solution, Status, has_answer
-from difflayers._solver import Solver, empty_solution
+from difflayers._solver import Solver, empty_solution, narrowed
 from difflayers.qp._cone_factor import ConeFactor, constraints
 from difflayers.qp._cone_factors import Patched, factored, refactored, start
 from difflayers.qp._cone_jacobian import ConeInverse
@@ -259,10 +259,11 @@ class ConeWork:
         stats = {"steps": self.steps, "residual": self.residual, "degenerate": self.degenerate}
         if bool((self.proofs != 0).any()):
             stats["certificate"] = self.proofs
-        value = self.w.to(init.dtype).reshape(init.shape)
+        value, status = narrowed(self.w, self.status, init.dtype)
+        value = value.reshape(init.shape)
         state = None if self.factor is None else ConeInverse(self.factor, value, batch_dims)
         stats = {name: stat.reshape(*batch, *stat.shape[1:]) for name, stat in stats.items()}
-        return Solution(value, self.status.to(torch.int8).reshape(batch), stats, state)
+        return Solution(value, status.to(torch.int8).reshape(batch), stats, state)
 
 
 def _largest_entry(F: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from difflayers._problem import Form, Problem
 from difflayers._progress import enter
 from difflayers._solution import Solution, Status, has_answer, in_shape
-from difflayers._solver import Solver, empty_solution
+from difflayers._solver import Solver, empty_solution, narrowed
 from difflayers.qp._certificates import certified
 from difflayers.qp._data import Data
 from difflayers.qp._jacobian import Inverse
@@ -278,9 +278,10 @@ class Work:
         }
         if bool(self.status.any()) and bool(self._proved().any()):
             stats["certificate"] = self.proofs
-        value, batch = self._point(init), init.shape[:batch_dims]
+        value, status = narrowed(self._point(init.dtype), self.status, init.dtype)
+        value, batch = value.reshape(init.shape), init.shape[:batch_dims]
         state = None if self.whole is None else Inverse(self.whole.reduced, value, batch_dims)
-        return in_shape(Solution(value, self.status.to(torch.int8), stats, state), batch)
+        return in_shape(Solution(value, status.to(torch.int8), stats, state), batch)
 
     def _margin(self) -> Tensor:
         if self.slack.shape[-1] == 0:
@@ -296,14 +297,14 @@ class Work:
         touching = (self.active | (self.slack <= _TOUCHING * sizes))[weak]
         return self.degenerate.index_put((weak,), reduced(self._part(weak), touching).degenerate)
 
-    def _point(self, init: Tensor) -> Tensor:
+    def _point(self, dtype: torch.dtype) -> Tensor:
         """The unknown: multiplier minus slack, whose sign tells the active set even where both are zero."""
         bounds, x, slack = self.data.layout.low or self.data.layout.high, self.x, self.slack
         if bounds:
             slack = torch.where(slack.isinf(), 1, slack)
             x = self.data.within_bounds(x, self.active & self.exact[:, None])
-        v = torch.where(self.active, self.z.clamp_min(torch.finfo(init.dtype).tiny), -slack.clamp_min(0))
-        return torch.cat([x, self.y, v], dim=-1).to(init.dtype).reshape(init.shape)
+        v = torch.where(self.active, self.z.clamp_min(torch.finfo(dtype).tiny), -slack.clamp_min(0))
+        return torch.cat([x, self.y, v], dim=-1)
 
 
 def _some(tensor: Tensor, samples: Tensor | None) -> Tensor:
