@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -69,22 +71,33 @@ def start(data: Data, cones: Cones, samples: int) -> Tensor | None:
 
 
 class Patched(ConeFactor):
-    """A factorization, and another one for some of the samples."""
+    """A factorization, and other ones for some of the samples, of which the last one counts."""
 
     def __init__(self, base: ConeFactor, samples: Tensor, part: ConeFactor) -> None:
-        self.n, self._base, self._samples, self._part = base.n, base, samples, part
-        self.degenerate = base.degenerate.index_put((samples,), part.degenerate)
+        self.n, self.degenerate = base.n, base.degenerate.index_put((samples,), part.degenerate)
+        self._base, before = _divided(base)
+        first, own = _divided(part)
+        before = [(which, other) for which, other in before if bool((which & ~samples).any())]
+        own = [(samples.index_put((samples,), which), other) for which, other in own]
+        self._parts = [*before, (samples, first), *own]
 
     def solve(self, first: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self._patched(self._base.solve(first, rows), self._part.solve(*self._some(first, rows)))
+        x, v = self._base.solve(first, rows)
+        return self._patched(x, v, lambda which, part: part.solve(first[which], rows[which]))
 
     def solve_transposed(self, first: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        whole = self._base.solve_transposed(first, rows)
-        return self._patched(whole, self._part.solve_transposed(*self._some(first, rows)))
+        x, v = self._base.solve_transposed(first, rows)
+        return self._patched(x, v, lambda which, part: part.solve_transposed(first[which], rows[which]))
 
-    def _some(self, *parts: Tensor) -> list[Tensor]:
-        return [part[self._samples] for part in parts]
-
-    def _patched(self, whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, v = (old.index_put((self._samples,), new) for old, new in zip(whole, part, strict=True))
+    def _patched(
+        self, x: Tensor, v: Tensor, solve: Callable[[Tensor, ConeFactor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        for which, part in self._parts:
+            own, rows = solve(which, part)
+            x, v = x.index_put((which,), own), v.index_put((which,), rows)
         return x, v
+
+
+def _divided(factor: ConeFactor) -> tuple[ConeFactor, list[tuple[Tensor, ConeFactor]]]:
+    """What a factorization is patched of: the base, and masks of samples with theirs."""
+    return (factor._base, factor._parts) if isinstance(factor, Patched) else (factor, [])

@@ -22,9 +22,9 @@ from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data, times, transposed
 
 CERTIFIED = 1e-6
-# A residual this small, relative to the data, can't be improved; from one this small on, a factorization serves the
-# next point too.
-EXACT, NEAR = 1e-15, 1e-11
+# A residual this small, relative to the data, can't be improved, or hardly; from one this small on, a factorization
+# serves the next point too.
+EXACT, ROUNDED, NEAR = 1e-15, 4e-15, 1e-11
 # And one this small says that an answer is the exact one, wherever Newton's method started.
 POLISHED = 1e-10
 # From this one on a residual may be large next to the terms of its own equation.
@@ -181,9 +181,11 @@ class ConeWork:
         attempt()
         worse = which & ~(self.residual < before["residual"])
         if bool(worse.any()):
-            self.factor = None
             for name in names:
                 getattr(self, name)[worse] = before[name][worse]
+            if self.factor is not None:
+                v = self.w[:, self.data.layout.n :]
+                self.factor = refactored(self.factor, worse, self.data, self.cones, v, self.cones.project(v))
 
     def _polish(self, which: Tensor, w: Tensor) -> None:
         """Newton steps, each taken where it makes the residual smaller; factored again where that isn't small yet."""
@@ -193,8 +195,9 @@ class ConeWork:
         F = cone_optimality(w, data, self.cones, y)
         error = _largest_entry(F)
         factor, stuck = factored(data, self.cones, w[:, n:], y), torch.zeros_like(error, dtype=torch.bool)
+        made = error  # what it was where the factorization is from
         for _ in range(self.solver.rounds):
-            if bool(((error <= EXACT * size) | stuck).all()):
+            if bool(((error <= ROUNDED * size) | stuck).all()):
                 break
             trial = w - torch.cat(factor.solve(F[:, :n], F[:, n:]), dim=-1)
             multiplier = self.cones.project(trial[:, n:])
@@ -202,10 +205,13 @@ class ConeWork:
             smaller = _largest_entry(moved)
             better = smaller < error
             w, F, y = (torch.where(better[:, None], a, b) for a, b in ((trial, w), (moved, F), (multiplier, y)))
+            # The error after the next step is about the product of two.
+            far = (smaller * made > EXACT * size.square()) | (smaller > error / 8)
+            again = better & far & (smaller > NEAR * size)
             stuck = stuck | ~(smaller < error / 2)
             error = torch.minimum(smaller, error)
-            again = better & (error > NEAR * size)
             if bool(again.any()):
+                made = torch.where(again, error, made)
                 factor = refactored(factor, again, data, self.cones, w[:, n:], y)
         self.w[which], self.residual[which], self.degenerate[which] = w, error, factor.degenerate
         if bool(which.all()):
