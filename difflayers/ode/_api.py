@@ -153,8 +153,6 @@ def integrate(
     times, asked = filled(given)
     arguments, tensors = Arguments.of(fn, args)
     if mass is not None:
-        if events:
-            raise ProblemError("events aren't there for equations with a mass matrix; leave one of them None")
         tensors = (*tensors, mass_rows(mass, state, start))
     check_devices([*tensors, *event_parameters(events)], start)
     autocast = Autocast.current(start.device)

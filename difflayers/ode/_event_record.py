@@ -15,6 +15,7 @@ from difflayers.ode._along import in_rows
 from difflayers.ode._event_watch import Found, Lookout
 from difflayers.ode._events import Signals
 from difflayers.ode._explicit import OneStepSolver
+from difflayers.ode._linearization import flow
 from difflayers.ode._mesh import Mesh, RowMesh, RowStep, Step
 from difflayers.ode._problem import Evaluate, InitialValueProblem
 from difflayers.ode._rows import agrees
@@ -72,8 +73,8 @@ def search(
 ) -> Record:
     """Solve, and look for events; ``params`` are those of the problem, then those of the events."""
     y0, t, *tensors = params
-    shared = sum(fixed is None for fixed in problem.arguments.fixed)
-    own = [y0, t, *tensors[:shared]]
+    shared = tensors[: problem.count]
+    own = [y0, t, *shared]
     times = in_rows(t.detach().double(), y0.shape[:-1])
     rows = y0.reshape(-1, y0.shape[-1])
     mesh = solver.mesh(t, keep.states, keep.stages and keep.together)
@@ -86,13 +87,13 @@ def search(
         solution.value.reshape(len(rows), times.shape[1], rows.shape[1]), solution.status.reshape(-1),
         {name: stat.reshape(-1) for name, stat in solution.stats.items()},
     )  # fmt: skip
-    record = _Recorder(solver, look, times, flat, problem.evaluator(tensors[:shared])).record(mesh)
+    record = _Recorder(solver, look, times, flat, problem.evaluator(shared)).record(mesh)
     if not isinstance(record.mesh, RowMesh):
         return record
     if isinstance(mesh, Mesh) and keep.together:
         return replace(record, mesh=_together(mesh, record.mesh))
     if keep.rows and not record.mesh.divisible:
-        record.mesh.divisible = _repeats(problem, tensors[:shared], start, rows)
+        record.mesh.divisible = _repeats(problem, shared, start, rows)
     return record
 
 
@@ -100,7 +101,7 @@ class _Recorder:
     def __init__(
         self, solver: OneStepSolver, look: Lookout, times: Tensor, solution: Solution, evaluate: Evaluate
     ) -> None:
-        self.look, self.times, self.solution, self.evaluate = look, times, solution, evaluate
+        self.look, self.times, self.solution, self.flow = look, times, solution, flow(evaluate)
         self.samples, self.count = times.shape
         self.sign = torch.where(times[:, -1:] >= times[:, :1], 1.0, -1.0)
         # How well signals are known in relation to their size.
@@ -220,9 +221,9 @@ class _Slots:
 
     def _slope(self, event: int, one: Found) -> Tensor:
         """``dg/dt`` along the solution for every sample."""
-        look, evaluate = self._recorder.look, self._recorder.evaluate
+        look, flow = self._recorder.look, self._recorder.flow
         t, y = look.everywhere(one.brackets.sample, one.t, one.y)
-        speed = evaluate(stage_time(t, 0.0, 0.0, y), y)
+        speed = flow(stage_time(t, 0.0, 0.0, y), y)
         time = t.to(y.dtype)
         slopes = push(look.evaluate, [time, y], [torch.ones_like(time), speed])
         return slopes[:, event].double()

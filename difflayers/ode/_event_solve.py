@@ -21,6 +21,7 @@ from difflayers.ode._checkpointed import CheckpointedAdjoint
 from difflayers.ode._event_record import Keep, Record, Recorded, search
 from difflayers.ode._events import Event, Signals, event_parameters
 from difflayers.ode._explicit import OneStepSolver
+from difflayers.ode._mass import Massive
 from difflayers.ode._orders import limited
 from difflayers.ode._problem import Evaluate, InitialValueProblem
 from difflayers.ode._replay import moved
@@ -56,7 +57,8 @@ class ClockedProblem(InitialValueProblem):
         evaluate = super().evaluator(tensors)
         if self.state.batch:
             return evaluate
-        return lambda t, rows: evaluate(t.reshape(()), rows)
+        clocked: Evaluate = lambda t, rows: evaluate(t.reshape(()), rows)  # noqa: E731
+        return Massive(clocked, evaluate.mass) if isinstance(evaluate, Massive) else clocked
 
 
 def solve_with_events(
@@ -168,8 +170,7 @@ class _Search(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], call: _Call, *params: Tensor
     ) -> tuple[tuple[Tensor, ...], Any]:
         widened, in_batch = with_dimension(info.batch_size, in_dims[1:], params)
-        shared_tensors = sum(fixed is None for fixed in call.problem.arguments.fixed)
-        problem = call.problem.mapped(info.batch_size, in_batch[:shared_tensors], info.randomness)
+        problem = call.problem.mapped(info.batch_size, in_batch[: call.problem.count], info.randomness)
         signals = call.signals.mapped(info.batch_size, in_batch, info.randomness)
         output = _search(replace(call, problem=problem, signals=signals), *widened)
         return output, (0,) * len(output)

@@ -95,9 +95,8 @@ class Signals:
     def evaluator(self, tensors: Sequence[Tensor]) -> Evaluate:
         """``(times (samples, 1), rows) -> (samples, events)`` for these tensors."""
         problem, state, arguments = self.problem, self.problem.state, self.problem.arguments
-        shared = sum(fixed is None for fixed in arguments.fixed)
-        _, args = arguments.unflatten(tensors[:shared])
-        functions = _bound(self.events, tensors[shared:])
+        _, args = arguments.unflatten(tensors[: problem.count])
+        functions = _bound(self.events, tensors[problem.count :])
 
         def evaluate(t: Tensor, rows: Tensor) -> Tensor:
             y, time = state.unpack(rows), t.reshape(state.batch).to(rows.dtype)

@@ -70,6 +70,11 @@ class InitialValueProblem(Problem):
         state = self.state
         return state.batch + state.shapes[0] if state.plain else torch.Size((self.samples, sum(state.sizes)))
 
+    @property
+    def count(self) -> int:
+        """How many tensors it has: arguments, parameters, and the mass matrix."""
+        return sum(fixed is None for fixed in self.arguments.fixed) + self.massive
+
     def evaluator(self, tensors: Sequence[Tensor]) -> Evaluate:
         """The right-hand side for these tensors, of states of the native shape or as rows."""
         parameters, args = self.arguments.unflatten(tensors)

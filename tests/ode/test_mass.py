@@ -16,6 +16,7 @@ from difflayers.ode import (
     BacksolveAdjoint,
     CheckpointedAdjoint,
     Dopri8,
+    Event,
     Kvaerno5,
     ODELayer,
     Rodas,
@@ -155,6 +156,68 @@ def test_derivatives_of_a_dae(method, per_sample):
     assert_close(second(ours), second(exact), 1e-5)
 
 
+@pytest.mark.parametrize(("batch_dims", "per_sample"), [(0, False), (1, True)])
+@every_method
+def test_events_of_a_dae(method, per_sample, batch_dims):
+    """When the algebraic number meets a level: ``exp(-rate t) + cos t = 2 cos t + level``."""
+    solver = method(rtol=1e-8, atol=1e-8, per_sample=per_sample)
+    event = Event(lambda t, y, rate, level: y[..., 1] - 2 * torch.cos(t) - level)
+    fn = lambda t, y, rate, level: decay(t, y, rate)  # noqa: E731
+
+    def ours(rate, level):
+        y0 = torch.tensor([[1.0, 2.0], [1.0, 2.0]])[slice(None) if batch_dims else 0]
+        solution = odeint(fn, y0, [0.0, 0.1, 0.3], (rate, level), batch_dims=batch_dims, solver=solver, mass=SINGULAR,
+                          event=event)  # fmt: skip
+        return solution.event_t.sum(), solution.event_y.reshape(-1, 2).sum(0), solution.ys[1].reshape(-1, 2).sum(0)
+
+    def exact(rate, level):
+        time = torch.tensor(0.2)
+        for _ in range(8):  # Newton's method, whose last steps have the derivatives
+            x, _ = decayed(time, rate)
+            time = time + (x - torch.cos(time) - level) / (rate * x - torch.sin(time))
+        samples = 2 if batch_dims else 1
+        return samples * time, samples * decayed(time, rate), samples * decayed(torch.tensor(0.1), rate)
+
+    inputs = torch.tensor(2.0), torch.tensor(-0.3)
+    assert_close(ours(*inputs), exact(*inputs), 1e-6)
+    for transform in (jacrev, jacfwd):
+        assert_close(transform(ours, (0, 1))(*inputs), transform(exact, (0, 1))(*inputs), 1e-5)
+    second = lambda fn: grad(grad(lambda level: fn(inputs[0], level)[0]))(inputs[1])  # noqa: E731
+    assert_close(second(ours), second(exact), 1e-5)
+    if not batch_dims:
+        rates = torch.tensor([2.0, 1.5])
+        assert_close(vmap(ours, (0, None))(rates, inputs[1]), vmap(exact, (0, None))(rates, inputs[1]), 1e-6)
+
+
+@every_method
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "batched"])
+def test_events_with_a_regular_mass(method, shared):
+    """Every crossing, with its gradient in the mass, an output time, and the parameter of an event that is a module."""
+    y0, A, b, M = params()
+    inputs = wanting((y0, A, b, M[0] if shared else M, torch.tensor([0.0, 2.0, 4.0])))
+    level = Level()
+
+    def solve(fn, args, solver, **options):
+        solution = odeint(fn, y0, inputs[-1], args, batch_dims=1, solver=solver, **options,
+                          event=[Event(level, terminal=False), Event(lambda t, y, *args: t - 3)])  # fmt: skip
+        assert int(solution.event_count[0].sum()) > 2
+        value = torch.nansum(solution.event_t[0]) + torch.nansum(solution.event_y[0] ** 3) + solution.ys[1].sum()
+        return value, torch.autograd.grad(value, (*inputs[1:], level.at))
+
+    ours = solve(field, inputs[1:3], method(rtol=1e-9, atol=1e-9), mass=inputs[3])
+    theirs = solve(solved, inputs[1:4], Dopri8(rtol=1e-10, atol=1e-10))
+    assert_close(ours, theirs, 1e-5)
+
+
+class Level(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.at = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, t, y, *args):
+        return 0.1 * y[:, 0] + torch.sin(3 * t + self.at)
+
+
 @every_method
 def test_vmap(method):
     """Over masses, over arguments, and over both."""
@@ -247,8 +310,6 @@ def test_bad_input(method):
         call(torch.eye(3))
     with pytest.raises(ProblemError, match="finite"):
         call(torch.eye(2) * torch.nan)
-    with pytest.raises(ProblemError, match="events"):
-        call(SINGULAR, event=lambda t, y, rate: y[:, 0] - 0.5)
     for other in ("dopri5", "scipy", "torchdiffeq"):
         with pytest.raises(TypeError, match="Rodas"):
             call(SINGULAR, solver=other)
