@@ -50,9 +50,11 @@ class Ours:
     kind: type[Any] = Dopri5
     adjoint: Adjoint | None = None
     per_sample: bool = False
+    compile: bool = False
 
     def solver(self, case: Case) -> Solver:
-        made: Solver = self.kind(rtol=case.rtol, atol=case.atol, per_sample=self.per_sample)
+        options = {"per_sample": self.per_sample, "compile": self.compile}
+        made: Solver = self.kind(rtol=case.rtol, atol=case.atol, **options)
         return made
 
     def solution(self, case: Case, y0: Tensor, args: Sequence[Tensor]) -> Any:

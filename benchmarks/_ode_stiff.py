@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from _measure import stopwatch
-from _ode_gradients import Gradient, oregonator, robertson, van_der_pol
+from _ode_gradients import Gradient, kept, oregonator, robertson, van_der_pol
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
@@ -33,6 +33,10 @@ class Stiff:
         noise[0] = 0
         return p * torch.exp(self.spread * noise)
 
+    def starts(self, samples: int) -> Tensor:
+        """Where every sample starts."""
+        return torch.tensor(self.system.y0, dtype=torch.float64).repeat(samples, 1)
+
     def solution(self, solver: AdaptiveSolver, y0: Tensor, p: Tensor) -> ODESolution:
         def field(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
             return self.system.field(t, y, p.unbind(-1))
@@ -41,16 +45,14 @@ class Stiff:
 
     def gradient(self, solver: AdaptiveSolver, samples: int) -> tuple[Tensor, Tensor]:
         """Ends ``(samples, n)``, and gradients ``(samples, n + p)`` of their weighted sums."""
-        system = self.system
-        y0 = torch.tensor(system.y0, dtype=torch.float64).repeat(samples, 1).requires_grad_()
-        p = self.rates(samples).requires_grad_()
+        y0, p = self.starts(samples).requires_grad_(), self.rates(samples).requires_grad_()
         ys = self.solution(solver, y0, p).ys
-        found = torch.autograd.grad((ys[1:] @ system.weights).sum(), (y0, p))
+        found = torch.autograd.grad((ys[1:] @ self.system.weights).sum(), (y0, p))
         return ys[-1].detach(), torch.cat(found, 1)
 
     def sample(self, i: int, samples: int) -> Gradient:
         """One sample as a problem with a reference of its own."""
-        return replace(self.system, p=tuple(self.rates(samples)[i].tolist()))
+        return kept(replace(self.system, p=tuple(self.rates(samples)[i].tolist())))
 
     def scipy(self, method: str, p: Sequence[float], rtol: float, atol: float) -> np.ndarray:
         """The end of one sample."""
@@ -68,8 +70,9 @@ class Stiff:
         seconds = stopwatch(lambda: ends.extend(self.scipy(method, p, rtol, atol) for p in rates)) / count
         return seconds, self.end_error(np.stack(ends), samples)
 
-    def end_error(self, ends: np.ndarray, samples: int, count: int = 3) -> float:
+    def end_error(self, ends: np.ndarray, samples: int) -> float:
         """The largest relative error of a number at the end, of the first samples."""
+        count = min(3, len(ends))
         rates = self.rates(samples)[:count].tolist()
         rtol, atol = 1e-11, 1e-3 * self.system.atol
         best = np.stack([self.scipy("Radau", p, rtol, atol) for p in rates])

@@ -1,35 +1,34 @@
 """Initial value problems and their gradients beside torchdiffeq, torchode, diffrax and SciPy, and what was asked.
 
 One process, one thread, CPU time, minimum over repetitions that take turns. See ``README.md`` for what is compared and
-why. Single parts: ``--only spiral20`` (or spiral512, wide, lotka, rows, stiff, classics, gradients), any number of
-times.
+why. Single parts: ``--only spiral20`` (or spiral512, wide, lotka, compiled, rows, stiff, classics, dae, gradients),
+any number of times.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
 # Before XLA starts: with two cores and this left out, its thread pool waits for itself.
 os.environ.setdefault("NPROC", "1")
 
 import torch
-from _measure import INF, stopwatch
 from _ode_bad import CHECKED, METHODS, THEIRS, Outcome, Solve, bad, cell
 from _ode_gradients import GRADIENTS, Gradient
-from _ode_measure import Comparison, Floor, Result, compare, floor, least
-from _ode_peers import ADJOINT, TAPE, Method, Ours, installed, missing
+from _ode_measure import Comparison, compare, floor
+from _ode_peers import ADJOINT, TAPE, Method, Ours, installed
 from _ode_problems import CASES, Case, lotka_volterra
-from _ode_stiff import CLASSICS, ROBERTSON, Stiff
+from _ode_stiff_parts import classics, dae, stiff
+from _ode_tables import OURS, against, table, tightened
 from _report import Goal, Part, Report, ms, run
 from torch import Tensor
 from tqdm import tqdm
 
-from difflayers.ode import CheckpointedAdjoint, Rodas, odeint
+from difflayers.ode import CheckpointedAdjoint, odeint
 
-OURS = "difflayers"
+COMPILED = "difflayers, compiled"
 # Of the time of odeint_adjoint and odeint; of the floor, forward and both; of odeint's tape.
 ASKED = {
     "spiral20": (15.0, 3.5, 1.4, 0.6, None),
@@ -46,15 +45,15 @@ def joint(report: Report, part: str) -> None:
     methods: dict[str, Method] = {
         OURS: Ours(),
         "difflayers, step by step": Ours(adjoint=CheckpointedAdjoint(stage_parallel=False)),
-        **_tightened(case),
+        **tightened(case, Ours()),
         **installed(),
     }
     comparison = compare(case, methods, repetitions, seconds)
     least_of_all = floor(case, Ours(), repetitions)
-    _table(report, case, comparison, least_of_all)
+    table(report, case, comparison, least_of_all)
     adjoint, tape, forward, both, memory = ASKED[part]
-    _against(report, case, comparison, ADJOINT, adjoint, least_of_all)
-    _against(report, case, comparison, TAPE, tape, least_of_all)
+    against(report, case, comparison, ADJOINT, adjoint, least_of_all)
+    against(report, case, comparison, TAPE, tape, least_of_all)
     result = comparison.results[OURS]
     for what, took, bound, asked in (
         ("forward", result.forward, least_of_all.forward, forward),
@@ -71,62 +70,41 @@ def joint(report: Report, part: str) -> None:
                          ratio >= memory))  # fmt: skip
 
 
-def _tightened(case: Case) -> dict[str, Method]:
-    """Ours at smaller tolerances, for the gradient error of a peer that happens to be smaller."""
-    shares = (0.5, 0.25, 0.1)
-    at = lambda share: lambda case: Ours()(replace(case, rtol=case.rtol * share, atol=case.atol * share))  # noqa: E731
-    return {f"difflayers at {case.rtol * share:.1e}": at(share) for share in shares}
+def compiled(report: Report) -> None:
+    """The same with ``compile=True``, against eager, and the two ways of torchdiffeq."""
+    torch.compiler.config.force_disable_caches = True  # what it takes when nothing is on disk
+    repetitions, seconds = (2, 1.0) if report.quick else (15, 8.0)
+    lines = []
+    for part, make in CASES.items():
+        case = make()
+        ours = Ours(compile=True)
+        took = _first_call(case, ours)
+        peers = {name: method for name, method in installed().items() if name in (ADJOINT, TAPE)}
+        methods = {OURS: Ours(), COMPILED: ours, **tightened(case, ours, COMPILED), **peers}
+        comparison = compare(case, methods, repetitions, seconds)
+        bound = floor(case, Ours(), repetitions)
+        lines.append(_compiled_row(case, comparison, took))
+        for peer, asked in zip((ADJOINT, TAPE), ASKED[part], strict=False):
+            against(report, case, comparison, peer, asked, bound, COMPILED)
+    names = "eager: forward|forward + backward|compiled: forward|forward + backward|gain|odeint|odeint_adjoint|÷ it"
+    report.table("compile=True", f"problem|{names}|gradient error|compiled in", lines)
 
 
-def _matching(comparison: Comparison, error: float) -> tuple[str, Result]:
-    """Our fastest row whose gradient error is no larger; the default where there is none."""
-    rows = {n: r for n, r in comparison.results.items() if n.startswith(OURS) and r.gradient_error <= error}
-    return min(rows.items(), key=lambda row: row[1].total, default=(OURS, comparison.results[OURS]))
+def _first_call(case: Case, ours: Ours) -> float:
+    """Seconds on the wall of the first solve with its gradient; compilers run in processes of their own."""
+    start = time.perf_counter()
+    ours(case).gradient()
+    return time.perf_counter() - start
 
 
-def _against(
-    report: Report, case: Case, comparison: Comparison, peer: str, asked: float, bound: Floor, tightened: bool = True
-) -> None:
-    if peer not in comparison.results:
-        return report.note(f"{case.name}: {peer} isn't there, so nothing to compare")
-    theirs = comparison.results[peer]
-    name, ours = _matching(comparison, theirs.gradient_error) if tightened else (OURS, comparison.results[OURS])
-    ratio, default = theirs.total / ours.total, theirs.total / comparison.results[OURS].total
-    where = f"floor {bound.total / ours.total:.0%} of it"
-    good = ratio >= asked and ours.gradient_error <= theirs.gradient_error
-    report.goal(
-        Goal(
-            f"{case.name}: forward + backward",
-            f"{ms(theirs.total)}, gradient {theirs.gradient_error:.0e} ({peer.removeprefix('torchdiffeq ')})",
-            f"{ms(ours.total)}, gradient {ours.gradient_error:.0e} ({name.removeprefix('difflayers ')})",
-            f"{ms(bound.total)} ({theirs.total / bound.total:.1f}×)",
-            where,
-            f"≥ {asked:g}×",
-            f"{ratio:.2f}×" + ("" if name == OURS else f" (default {default:.2f}×)"),
-            good,
-        )
-    )
-    return None
-
-
-def _table(report: Report, case: Case, comparison: Comparison, bound: Floor) -> None:
-    rows = [
-        (
-            name,
-            ms(result.forward),
-            ms(result.total),
-            f"{result.gradient_error:.0e}",
-            "" if result.tape is None else f"{result.tape / 2**20:.3f} MB",
-        )
-        for name, result in comparison.results.items()
-    ]
-    rows.append(("floor", ms(bound.forward), ms(bound.total), "", ""))
-    title = f"{case.name}, rtol {case.rtol:g}, atol {case.atol:g}"
-    report.table(title, "method|forward|forward + backward|gradient error|kept for backward", rows)
-    for name, reason in comparison.failed.items():
-        report.note(f"  left out: {name}: {reason}")
-    for name in missing():
-        report.note(f"  left out: {name}: not installed")
+def _compiled_row(case: Case, comparison: Comparison, took: float) -> list[str]:
+    results = comparison.results
+    eager, ours = results[OURS], results[COMPILED]
+    peers = [ms(results[name].total) if name in results else "–" for name in (TAPE, ADJOINT)]
+    ratio = f"{results[ADJOINT].total / ours.total:.1f}×" if ADJOINT in results else "–"
+    times = (eager.forward, eager.total, ours.forward, ours.total)
+    errors = f"{eager.gradient_error:.0e}, {ours.gradient_error:.0e}"
+    return [case.name, *map(ms, times), f"{eager.total / ours.total:.2f}×", *peers, ratio, errors, f"{took:.1f} s"]
 
 
 def rows(report: Report) -> None:
@@ -137,12 +115,12 @@ def rows(report: Report) -> None:
     peers = {name: method for name, method in installed().items() if name != "diffrax, compiled"}
     comparison = compare(case, {OURS: ours, "difflayers, one step for all": Ours(), **peers}, repetitions, seconds)
     bound = floor(case, ours, repetitions)
-    _table(report, case, comparison, bound)
+    table(report, case, comparison, bound)
     evaluated, alone = _counted(case, ours)
     ratio = evaluated / alone
     report.goal(Goal(f"{case.name}: rows of f evaluated", f"{alone:,} one by one", f"{evaluated:,}", "", "", "≤ 1.1",
                      f"{ratio:.3f}", ratio <= 1.1))  # fmt: skip
-    _against(report, case, comparison, ADJOINT, 3.5, bound, tightened=False)
+    against(report, case, comparison, ADJOINT, 3.5, bound, tightened=False)
 
 
 def _counted(case: Case, ours: Ours) -> tuple[int, int]:
@@ -162,75 +140,6 @@ def _counted(case: Case, ours: Ours) -> tuple[int, int]:
         for i in tqdm(range(len(case.y0)), desc="one by one"):
             odeint(field, case.y0[i : i + 1], case.t, [a[i : i + 1] for a in case.args], batch_dims=1, solver=solver)
     return together, count
-
-
-def stiff(report: Report) -> None:
-    """A thousand Robertson systems, SciPy one after the other."""
-    samples = 100 if report.quick else 1000
-    ours = _stiff_rows(report, ROBERTSON, samples, 1 if report.quick else 3, 3 if report.quick else 20)
-    for what, took, asked in (("forward", ours[0], 0.3e-3), ("backward", ours[1], 1e-3)):
-        work = f"{samples} × {ROBERTSON.system.name} at {ROBERTSON.system.rtol:g}: {what}, a sample"
-        met = took <= asked
-        peer = "Radau {}, LSODA {}".format(*map(ms, ours[2])) if what == "forward" else ""
-        report.goal(Goal(work, peer, ms(took), ms(ours[3]) if what == "forward" else "", "", f"≤ {asked * 1e3:g} ms",
-                         ms(took), met))  # fmt: skip
-
-
-def classics(report: Report) -> None:
-    for case in CLASSICS[1:] if report.quick else CLASSICS:
-        _stiff_rows(report, case, 10 if report.quick else 100, 1, 3)
-
-
-def _stiff_rows(
-    report: Report, case: Stiff, samples: int, repetitions: int, count: int
-) -> tuple[float, float, tuple[float, float], float]:
-    """Seconds a sample: forward, backward, SciPy's two, and the floor of forward."""
-    system = case.system
-    solver = Rodas(rtol=system.rtol, atol=system.atol, per_sample=True, max_steps=100_000)
-    y0, p = torch.tensor(system.y0, dtype=torch.float64).repeat(samples, 1), case.rates(samples)
-    forward = total = INF
-    for _ in range(repetitions):
-        with torch.no_grad():
-            forward = min(forward, stopwatch(lambda: case.solution(solver, y0, p)) / samples)
-        total = min(total, stopwatch(lambda: case.gradient(solver, samples)) / samples)
-    ends, gradients = case.gradient(solver, samples)
-    error = max(case.sample(i, samples).error(gradients[i]) for i in range(1 if case.spread == 0 else 2))
-    with torch.no_grad():
-        steps = float(case.solution(solver, y0, p).stats["steps"].double().mean())
-    bound = steps * _step_floor(case, samples, 3) / samples
-    table = [("difflayers Rodas", ms(forward), ms(total - forward), f"{case.end_error(ends.numpy(), samples):.0e}",
-              f"{error:.0e}")]  # fmt: skip
-    peers = []
-    for method in ("Radau", "LSODA"):
-        took, end_error = case.scipy_loop(method, samples, count)
-        peers.append(took)
-        table.append((f"SciPy {method}, {count} of them", ms(took), "", f"{end_error:.0e}", ""))
-    table.append((f"floor of {steps:.0f} steps", ms(bound), "", "", ""))
-    title = f"{samples} × {system.name}, rtol {system.rtol:g}, atol {system.atol:g}: a sample"
-    report.table(title, "method|forward|backward|error of the end|gradient error", table)
-    return forward, total - forward, (peers[0], peers[1]), bound
-
-
-def _step_floor(case: Stiff, samples: int, repetitions: int) -> float:
-    """CPU seconds of one Rosenbrock step of all: 8 evaluations, a Jacobian by vjps, a factorization, 8 solves."""
-    system, n = case.system, len(case.system.y0)
-    y = torch.tensor(system.y0, dtype=torch.float64).repeat(samples, 1).requires_grad_()
-    p, t = case.rates(samples).unbind(-1), torch.tensor(system.t[0], dtype=torch.float64)
-    right = torch.ones(samples, n, 1, dtype=torch.float64)
-    matrix = torch.eye(n, dtype=torch.float64).expand(samples, n, n) + 0.1
-    lu, pivots = torch.linalg.lu_factor(matrix)
-
-    def plain() -> Any:
-        with torch.no_grad():
-            return system.field(t, y, p)
-
-    def jacobian() -> Any:
-        slope = system.field(t, y, p)
-        return [torch.autograd.grad(slope[:, i].sum(), y, retain_graph=True) for i in range(n)]
-
-    parts = 8 * least(plain, repetitions) + least(jacobian, repetitions)
-    parts += least(lambda: torch.linalg.lu_factor(matrix), repetitions)
-    return parts + 8 * least(lambda: torch.linalg.lu_solve(lu, pivots, right), repetitions)
 
 
 def gradients(report: Report) -> None:
@@ -253,16 +162,18 @@ def _gradients(
     report: Report, title: str, problems: Sequence[Gradient], methods: Mapping[str, Solve]
 ) -> dict[str, list[Outcome]]:
     rows = [[bad(problem, method) for method in methods.values()] for problem in tqdm(problems, desc="gradients")]
-    table = [(problem.name, *map(cell, row)) for problem, row in zip(problems, rows, strict=True)]
-    report.table(title, "|".join(["problem", *methods]), table)
+    lines = [(problem.name, *map(cell, row)) for problem, row in zip(problems, rows, strict=True)]
+    report.table(title, "|".join(["problem", *methods]), lines)
     return {method: list(found) for method, found in zip(methods, zip(*rows, strict=True), strict=True)}
 
 
 PARTS: dict[str, Part] = {
     **{name: lambda report, name=name: joint(report, name) for name in CASES},
+    "compiled": compiled,
     "rows": rows,
     "stiff": stiff,
     "classics": classics,
+    "dae": dae,
     "gradients": gradients,
 }
 
