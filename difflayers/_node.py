@@ -51,6 +51,7 @@ class Call:
     first: Tensor | None = None  # F(init), where it was evaluated already
     learn: bool = False  # keep what the solver learns
     inverse: linear.LinearOperator | None = None  # what it learnt of the inverse of the Jacobian
+    healthy: bool = False  # whether it is known that every sample has an answer
 
     def run(self, params: Sequence[Tensor], init: Tensor) -> Solution:
         problem = self.problem if self.first is None else self.problem.started(init, self.first)
@@ -61,7 +62,9 @@ class Call:
             return check_status(solution, self.on_failure, f"{self.role} system of a derivative", LinearSolveError)
         if self.learn and isinstance(solution.state, linear.LinearOperator):
             self.inverse = solution.state
-        return check_status(solution, self.on_failure)
+        checked = check_status(solution, self.on_failure)
+        self.healthy = self.on_failure == "raise"
+        return checked
 
     def linear(self, role: Role, value: Tensor, residual: Residual | None = None) -> Call:
         """The adjoint or tangent system at ``value``, as a call in ``(g, z, *params)``.
@@ -177,7 +180,7 @@ def cotangents(
     if torch.is_grad_enabled() and not in_functorch():
         call.refuse_higher_order()
     rule = _on_graph if torch.is_grad_enabled() or in_functorch() else _at_once
-    answered = _answered(status)
+    answered = None if call.healthy else _answered(status)
     with without_autocast(value.device), _without_failed(value, params, answered) as (value, *params):
         if answered is not None:
             cotangent = torch.where(widen(answered, cotangent), cotangent, 0)
@@ -216,7 +219,7 @@ def pushed(
 ) -> Tensor:
     """The tangent ``w`` of the answer: ``Jw = -Σ ∂F/∂θ · dθ``."""
     moving = [i for i, t in enumerate(tangents) if t is not None and params[i].is_floating_point()]
-    answered = _answered(status)
+    answered = None if call.healthy else _answered(status)
     with without_autocast(value.device), _without_failed(value, params, answered) as (value, *params):
         b = push(
             _partial(call.problem, params, moving, value),
@@ -259,10 +262,19 @@ def _without_failed(value: Tensor, params: Sequence[Tensor], answered: Tensor | 
     if answered is None:
         yield value, *params
     elif in_functorch():
-        yield [finite(t) for t in (value, *params)]
+        yield [_harmless(t, answered) for t in (value, *params)]
     else:
         with torch.autograd.graph.saved_tensors_hooks(finite, lambda t: t):
-            yield [finite(t) for t in (value, *params)]
+            yield [_harmless(t, answered) for t in (value, *params)]
+
+
+def _harmless(tensor: Tensor, answered: Tensor) -> Tensor:
+    """Finite, and without what may overflow in rows of samples that have no answer."""
+    tensor = finite(tensor)
+    if not tensor.is_floating_point() or tensor.shape[: answered.dim()] != answered.shape:
+        return tensor
+    huge = tensor.abs() > torch.finfo(tensor.dtype).max ** 0.25
+    return torch.where(huge & ~widen(answered, tensor), 0, tensor)
 
 
 def _zero_failed_rows(gradient: Tensor, answered: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from difflayers import CallableSolver, ImplicitAdjoint, ImplicitFunction, RootProblem, Status
-from difflayers.fixedpoint import MonotoneConvDEQ, MonotoneDEQ, least_squares
+from difflayers.fixedpoint import MonotoneConvDEQ, MonotoneDEQ, least_squares, minimize
 from difflayers.ode import odeint
 from difflayers.qp import Cones, InteriorPoint, solve_cone, solve_qp
 
@@ -109,3 +109,14 @@ def test_an_answer_that_overflows_in_its_dtype_is_none():
     solution.x[solution.ok].sum().backward()
     assert q.grad[0] == 0
     assert q.grad[1].isfinite()
+
+
+def test_a_sample_that_overflows_leaves_shared_gradients_alone():
+    """Its row is finite, but powers of it aren't, and zero times infinity is NaN."""
+    W = torch.ones(1, 1, dtype=torch.float32, requires_grad=True)
+    x = torch.tensor([[0.2], [1e30], [-1.7]], dtype=torch.float32)
+    found = minimize(lambda z, W, x: (z @ W - x).pow(4).sum(-1), torch.zeros_like(x), (W, x), batch_dims=1,
+                     solver="lbfgs", on_failure="ignore")  # fmt: skip
+    assert found.status[1] == Status.NONFINITE
+    found.value[found.ok].sum().backward()
+    assert W.grad.item() == pytest.approx(1.5, rel=0.1)  # -Σ x
