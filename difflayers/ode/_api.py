@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ from difflayers.ode._explicit import OneStepSolver
 from difflayers.ode._problem import IN_PLACE, InitialValueProblem
 from difflayers.ode._state import State
 from difflayers.ode._times import filled, output_times
+
+# What was checked of a module. A function may be another one in every call, as what it closes over changes.
+_promises: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def odeint(
             steps; its rows may be padded with NaN after the last time of a sample, and a list of tensors, one ``(T,)``
             for every sample of one batch dimension, is padded here. Outputs are NaN likewise. Equal times are fine.
         args: further arguments of ``fn``; pytrees of tensors or arrays.
-        batch_dims: leading dimensions of ``y0`` that index independent systems; 0 is one system of any shape.
+        batch_dims: leading dimensions of ``y0`` that index independent systems; 0 is one system of any shape. One
+            product shows whether they are: in every call, of a module in the first one with a shape of ``y0``.
         solver: a solver object, or the name of one with its defaults.
         adjoint: the derivative rule; None is :class:`CheckpointedAdjoint` for solvers whose steps are known, and
             :class:`BacksolveAdjoint` for others.
@@ -193,8 +198,10 @@ def _check_promise(
     """That samples are independent, as batch_dims says."""
     if in_functorch() or not problem.state.batch:
         return
-    key = (start.shape, tuple(m.training for m in problem.function.modules()) if isinstance(problem.function, nn.Module)
-           else ())  # fmt: skip
+    function = problem.function
+    key = (start.shape, tuple(m.training for m in function.modules()) if isinstance(function, nn.Module) else ())
+    if checked is None and isinstance(function, nn.Module) and type(function).__hash__ is object.__hash__:
+        checked = _promises.setdefault(function, set())
     if checked is not None and key in checked:
         return
     t = times.detach()[..., :1] if times.dim() > 1 else times.detach()[0]

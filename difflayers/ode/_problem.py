@@ -83,13 +83,15 @@ class InitialValueProblem(Problem):
         # Some samples of one batch dimension, each a row, are what the callable gets.
         flat = native is not None and len(native) == 2 and len(state.batch) == 1
 
+        # What is compiled was evaluated before.
+        compiling = torch.compiler.is_compiling()
+
         def checked(value: Any, y: Any) -> Any:
             return value if _alike(value, y) else matched(value, y, "fn")
 
         def evaluate(t: Tensor, rows: Tensor) -> Tensor:
             y = rows if flat or rows.shape == native else state.unpack(rows)
-            # What is compiled was evaluated before.
-            before = None if torch.compiler.is_compiling() or rows.is_inference() else rows._version
+            before = None if compiling or rows.is_inference() else rows._version
             if not flat and t.dim():
                 t = state.own_times(t)
             if autocast.dtype is None:

@@ -36,6 +36,7 @@ class Stages:
 
     def __init__(self, tableau: Tableau, evaluate: Evaluate, like: Tensor) -> None:
         self.tableau, self.evaluate, self.evaluations = tableau, evaluate, 0
+        self._slope = evaluate  # of the stages
         self.slopes = torch.zeros(tableau.total, *like.shape, dtype=like.dtype, device=like.device)
         self._shape, self._made = like.shape, 0
         known = coefficients(tableau, like.dtype, like.device)
@@ -46,13 +47,13 @@ class Stages:
         self._flat = self.slopes.view(tableau.total, -1)
         before = [self._flat[:i].t() for i in range(tableau.total)]
         self._plan = list(zip(self._slots, before, known.rows, tableau.c, strict=True))
-        self._places = torch.tensor(tableau.c, dtype=torch.float64, device=like.device).view(-1, 1, 1)
+        self._places = known.places
         self._known = self._flat[: tableau.stages + 1].t()
 
     def start(self, t: Time, y: Tensor, slope: Tensor | None = None) -> Tensor:
         """The slope at the start of a step; evaluated unless somebody knows it."""
         if slope is None:
-            slope = self.evaluate(stage_time(t, 0.0, 0.0, y), y)
+            slope = self._slope(stage_time(t, 0.0, 0.0, y), y)
         self.evaluations += 1
         slope = slope.reshape(self._shape)
         self._slots[0].copy_(slope)
@@ -125,7 +126,7 @@ class Stages:
         """Evaluate some stages; the point of the last one."""
         if isinstance(h, Tensor) or isinstance(t, Tensor):
             return self._fill_rows(t, y, h, first, end)
-        flat, dtype, device, evaluate = y.reshape(-1), y.dtype, y.device, self.evaluate
+        flat, dtype, device, evaluate = y.reshape(-1), y.dtype, y.device, self._slope
         point, addmv, scalar = y, torch.addmv, torch.scalar_tensor
         for slot, before, weights, c in self._plan[first:end]:
             # view_as: a shape would have to be read first, which takes as long as the product.
@@ -143,9 +144,41 @@ class Stages:
         point, addcmul, mv = y, torch.addcmul, torch.mv
         for (slot, before, weights, _), time in zip(self._plan[first:end], times, strict=True):
             point = addcmul(y, mv(before, weights).view_as(y), wide)
-            slot.copy_(self.evaluate(time, point))
+            slot.copy_(self._slope(time, point))
         self.evaluations += end - first
         return point
+
+
+class TapedStages(Stages):
+    """The same, where every slope keeps its graph, whose leaf is the point of its stage.
+
+    Attributes:
+        tapes: points and slopes of the last step, as far as they are made.
+    """
+
+    def __init__(self, tableau: Tableau, evaluate: Evaluate, like: Tensor) -> None:
+        super().__init__(tableau, evaluate, like)
+        self.tapes: list[tuple[Tensor, Tensor]] = []
+        self._slope = self._taped
+
+    def start(self, t: Time, y: Tensor, slope: Tensor | None = None) -> Tensor:
+        self.tapes = []
+        return super().start(t, y)
+
+    def attempt(self, t: Time, y: Tensor, h: Time) -> Tensor:
+        del self.tapes[1:]
+        return super().attempt(t, y, h)
+
+    def advance(self, t: Time, y: Tensor) -> None:
+        self.tapes = [self.tapes[self.tableau.stages]]
+        super().advance(t, y)
+
+    def _taped(self, t: Tensor, point: Tensor) -> Tensor:
+        leaf = point.detach().requires_grad_()
+        with torch.enable_grad():
+            slope = self.evaluate(t, leaf)
+        self.tapes.append((leaf, slope))
+        return slope.detach()
 
 
 class TracedStages:

@@ -46,7 +46,7 @@ class Tableau:
     def b(self) -> Row:
         return self.rows[self.stages - 1]
 
-    @property
+    @cached_property
     def c(self) -> list[float]:
         """Where in the step the stages are; without the rounding of sums."""
         return [0.0, *(round(sum(row), 13) for row in self.rows)]
@@ -90,7 +90,7 @@ class ImplicitTableau(Tableau):
     def b(self) -> Row:
         return self.last
 
-    @property
+    @cached_property
     def c(self) -> list[float]:
         return list(self.times)
 
@@ -105,6 +105,7 @@ class ImplicitTableau(Tableau):
 class Coefficients:
     """A tableau as tensors: what the loops multiply by."""
 
+    places: Tensor  # cᵢ in double precision, (stages, 1, 1)
     rows: tuple[Tensor, ...]
     columns: tuple[Tensor, ...]  # aᵢⱼ of one j, for all i up to the last stage
     b: Tensor
@@ -125,6 +126,7 @@ def coefficients(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> 
         square[i, : len(row)] = row
     with torch.inference_mode(False):
         return Coefficients(
+            torch.tensor(tableau.c, dtype=torch.float64, device=device).view(-1, 1, 1),
             tuple(tensor(square[i, :i]) for i in range(size)),
             tuple(tensor(square[j + 1 :, j]) for j in range(size)),
             tensor(list(tableau.b)),
