@@ -68,7 +68,7 @@ class ImplicitAdjoint(Adjoint):
         value, status, *stats = solved(call, init, *params)
         if hidden is not None:
             value = value + self._through_closures(call, value, params)
-        if in_functorch() or not bool(has_answer(status).all()):
+        if not call.healthy and (in_functorch() or not bool(has_answer(status).all())):
             value = mask_failed(value, status)
         return Solution(value, status, dict(zip(call.stat_names, stats, strict=True)))
 

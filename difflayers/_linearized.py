@@ -78,5 +78,6 @@ class LinearSolve(Solver):
         if result.residual is not None:
             stats["residual"] = result.residual
         # A derivative that wasn't found contributes nothing, whatever on_failure says of it.
-        solved = widen(has_answer(result.status), result.value)
-        return Solution(torch.where(solved, result.value, 0), result.status, stats)
+        solved = has_answer(result.status)
+        value = result.value if bool(solved.all()) else torch.where(widen(solved, result.value), result.value, 0)
+        return Solution(value, result.status, stats)

@@ -55,9 +55,10 @@ class Auto(LinearSolver):
         solver, prepared = factor.data
         solution: LinearSolution = solver.solve(prepared, rhs, transpose=transpose)
         operator = factor.operator
+        if solver.final or operator.samples * operator.size**2 > self.dense_entries:
+            return solution
         solved = solution.status == Status.SUCCESS
-        affordable = operator.samples * operator.size**2 <= self.dense_entries
-        if isinstance(solver, LU) or not affordable or bool(solved.all()):
+        if bool(solved.all()):
             return solution
         return _merge(solved, solution, LU().solve(LU().factor(operator), rhs, transpose=transpose))
 

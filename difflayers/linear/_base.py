@@ -46,6 +46,7 @@ class LinearSolver(ABC):
 
     exact: ClassVar[bool] = True
     requires: ClassVar[frozenset[Property]] = frozenset()
+    final: ClassVar[bool] = False  # whether no other solver finds what it doesn't
 
     def __post_init__(self) -> None:
         check_options(self)

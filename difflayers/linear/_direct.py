@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class LU(LinearSolver):
     A sample is ``SINGULAR`` when its smallest pivot is below rounding of its largest one, and ``STALLED`` when its
     residual is more than rounding: above ``10 √n eps (‖J‖ ‖x‖ + ‖b‖)`` (Higham 2002, section 9.3).
     """
+
+    final: ClassVar[bool] = True
 
     def factor(self, operator: LinearOperator) -> Factor:
         return Factor(operator, lu_factor(at_least_float32(operator.dense)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -124,6 +125,8 @@ class ActiveSetSolve(LinearSolver):
 
     Where that is singular it gives the least-squares solution of least norm.
     """
+
+    final: ClassVar[bool] = True
 
     def factor(self, operator: LinearOperator) -> Factor:
         return Factor(operator, operator.inverse)
