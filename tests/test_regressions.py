@@ -120,3 +120,15 @@ def test_a_sample_that_overflows_leaves_shared_gradients_alone():
     assert found.status[1] == Status.NONFINITE
     found.value[found.ok].sum().backward()
     assert W.grad.item() == pytest.approx(1.5, rel=0.1)  # -Σ x
+
+
+@pytest.mark.parametrize("solver", ["clarabel", "scs"])
+def test_a_cone_program_without_a_bound_by_rounding_says_so(solver):
+    """Rounded, q isn't in the range of Cᵀ; what backends claim of that, nobody could prove at their accuracy."""
+    torch.manual_seed(0)
+    C = torch.randn(6, 3, 5, dtype=torch.float32)
+    q = -C.mT @ torch.tensor([[2.0], [0.3], [-0.4]], dtype=torch.float32)
+    found = solve_cone(None, q[..., 0], C, torch.randn(3).float(), Cones(second_order=(3,)), solver=solver,
+                       on_failure="ignore")  # fmt: skip
+    assert set(found.status.tolist()) <= {Status.SUCCESS, Status.UNBOUNDED}
+    assert (found.status == Status.UNBOUNDED).any()

@@ -45,6 +45,16 @@ def certified(data: Data, status: Tensor) -> tuple[Tensor, Tensor]:
     return checked, proofs
 
 
+def unseen(data: Data, samples: int) -> Tensor:
+    """Directions in which the objective falls and that neither ``P`` nor a row sees; zero where there are none."""
+    rays = data.q.new_zeros(samples, data.layout.n)
+    for i in range(samples):
+        P, q, _, _, C, d = _rows(data, i)
+        if (proof := _ray(P, q, C, d, C[:0], d[:0])) is not None:
+            rays[i] = torch.from_numpy(proof[: data.layout.n]).to(rays)
+    return rays
+
+
 def _rows(data: Data, i: int) -> tuple[Any, ...]:
     """``P, q, A, b, C, d`` of one sample; matrices are SciPy's where one of them is sparse."""
     one = data.rows(torch.tensor([i], device=data.q.device))

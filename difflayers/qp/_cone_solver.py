@@ -14,6 +14,7 @@ from difflayers._problem import Form, Problem
 from difflayers._progress import enter
 from difflayers._solution import Solution, Status, has_answer
 from difflayers._solver import Solver, empty_solution, narrowed
+from difflayers.qp._certificates import unseen
 from difflayers.qp._cone_factor import ConeFactor, constraints
 from difflayers.qp._cone_factors import Patched, factored, refactored, start
 from difflayers.qp._cone_jacobian import ConeInverse
@@ -111,6 +112,7 @@ class ConeWork:
             going = going & ~self._warm(going & guess.isfinite().all(-1), guess)
         if bool(going.any()):
             self._cold(going)
+            self._unseen(going & (self.status != int(Status.SUCCESS)) & (self.status != int(Status.INFEASIBLE)))
 
     def _start(self) -> Tensor | None:
         """Where there is a point near enough for Newton's method: some steps of it, unchecked."""
@@ -256,6 +258,15 @@ class ConeWork:
         known = infeasible | (self.status[claimed] == int(Status.UNBOUNDED))
         self.status[claimed] = torch.where(known & holds, self.status[claimed], int(Status.BACKEND_ERROR))
         self.proofs[claimed] = torch.where((known & holds).unsqueeze(-1), proofs, 0)
+
+    def _unseen(self, left: Tensor) -> None:
+        """Prove that the objective has no lower bound where it falls, be it slowly, and nothing is in the way."""
+        if not bool(left.any()):
+            return
+        rays = unseen(self._part(left), int(left.sum()))
+        found = left.index_put((left.clone(),), rays.any(-1))
+        self.status[found], self.proofs[found] = int(Status.UNBOUNDED), 0
+        self.proofs[found, : self.data.layout.n] = rays[rays.any(-1)]
 
     def _part(self, samples: Tensor) -> Data:
         return self.data if bool(samples.all()) else self.data.rows(samples)
