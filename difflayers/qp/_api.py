@@ -169,8 +169,7 @@ def _start(data: Data, samples: int, init: Any) -> Tensor:
         x = point.detach().to(data.q).expand(samples, -1)
         near = data.map(torch.Tensor.detach)
         slack = near.limits - near.products(x)
-        size_of_rows = 1 + torch.where(near.limits.isfinite(), near.limits, 0).abs()
-        v = torch.where(slack <= 1e-6 * size_of_rows, 1, -slack)
+        v = torch.where(slack <= 1e-6 * near.extents, 1, -slack)
         return torch.cat([x, x.new_zeros(samples, data.layout.p), v], dim=-1)
     shape = tuple(point.shape) if isinstance(point, Tensor) else type(init).__name__
     raise ProblemError(

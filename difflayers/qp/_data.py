@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from difflayers._arrays import finite
 from difflayers.qp._sparse import Sparse
 
 NAMES = ("P", "q", "G", "h", "A", "b", "lb", "ub")
@@ -180,6 +181,11 @@ class Data:
         parts += [] if self.lb is None else [-self.lb]
         parts += [] if self.ub is None else [self.ub]
         return joined(parts, dim=-1) if parts else self.q.new_zeros(0)
+
+    @cached_property
+    def extents(self) -> Tensor:
+        """One and the size of each limit that there is: what slacks are small beside."""
+        return 1 + finite(self.limits).abs()
 
     @cached_property
     def sides(self) -> Tensor:

@@ -31,6 +31,7 @@ class Polished(NamedTuple):
     violation: Tensor  # of the optimality conditions, (samples,)
     verified: Tensor  # (samples,)
     reduced: Reduced
+    errors: Tensor | None  # see signed_errors; None where all signs are right
 
 
 def polished(data: Data, active: Tensor, start: tuple[Tensor, Tensor, Tensor], rounds: int = ROUNDS) -> Polished:
@@ -42,11 +43,12 @@ def polished(data: Data, active: Tensor, start: tuple[Tensor, Tensor, Tensor], r
     first = _on(data, active)
     if bool(first.verified.all()) or rounds == 0 or not active.shape[-1]:
         return first
-    wrong = ~first.verified
     if data.sparse:
         return _sparsely(data, first, start, rounds)
-    active, x, z, slack = (t[wrong] for t in (first.active, first.x, first.z, first.slack))
-    return _patched(first, wrong, _corrected(data.rows(wrong), active, x, z, slack, rounds))
+    if first.errors is None:
+        return first
+    wrong = ~first.verified
+    return _patched(first, wrong, _corrected(data.rows(wrong), active[wrong], first.errors[wrong], rounds))
 
 
 def _patched(first: Polished, wrong: Tensor, mended: Polished) -> Polished:
@@ -55,17 +57,16 @@ def _patched(first: Polished, wrong: Tensor, mended: Polished) -> Polished:
         return mended
     old, new = first[:7], mended[:7]
     x, y, z, active, slack, violation, verified = (a.index_put((wrong,), b) for a, b in zip(old, new, strict=True))
-    return Polished(x, y, z, active, slack, violation, verified, Patched(first.reduced, wrong, mended.reduced))
+    return Polished(x, y, z, active, slack, violation, verified, Patched(first.reduced, wrong, mended.reduced), None)
 
 
 def _sparsely(data: Data, first: Polished, start: tuple[Tensor, Tensor, Tensor], rounds: int) -> Polished:
     """By exchanging wrong rows a few times, which mostly does, or what is near the start."""
     for _ in range(EXCHANGES):
         wrong = ~first.verified & ~first.reduced.degenerate
-        if not bool(wrong.any()):
+        if first.errors is None or not bool(wrong.any()):
             break
-        errors = signed_errors(first.active, data.limits, first.x, first.z, first.slack) * wrong[:, None]
-        first = _on(data, first.active ^ (errors > 0), first.reduced)
+        first = _on(data, first.active ^ ((first.errors > 0) & wrong[:, None]), first.reduced)
     return first if bool(first.verified.all()) else _proximally(data, first, start, rounds)
 
 
@@ -85,19 +86,17 @@ def _proximally(data: Data, first: Polished, start: tuple[Tensor, Tensor, Tensor
     return exact
 
 
-def _corrected(whole: Data, active: Tensor, x: Tensor, z: Tensor, slack: Tensor, rounds: int) -> Polished:
+def _corrected(whole: Data, active: Tensor, errors: Tensor, rounds: int) -> Polished:
     data, going = whole, torch.arange(len(active), device=active.device)
     for count in range(rounds):
-        errors = signed_errors(active[going], data.limits, x, z, slack)
         if count >= TOGETHER:
             errors = torch.where(errors == errors.amax(-1, keepdim=True), errors, 0)
         active[going] = active[going] ^ (errors > 0)
         trial = _on(data, active[going])
         left = ~trial.verified
-        if not bool(left.any()):
+        if trial.errors is None or not bool(left.any()):
             break
-        data, going = data.rows(left), going[left]
-        x, z, slack = trial.x[left], trial.z[left], trial.slack[left]
+        data, going, errors = data.rows(left), going[left], trial.errors[left]
     return trial if len(trial.active) == len(active) else _on(whole, active)
 
 
@@ -111,18 +110,16 @@ def _on(data: Data, active: Tensor, before: Reduced | None = None) -> Polished:
     verified = violation <= VIOLATION * (1 + data.magnitude)
     if bool(system.degenerate.any()):
         verified = verified & (found.rest.abs() <= VIOLATION * (1 + data.sides.abs())).all(-1)
+    errors = None
     if not bool((torch.where(active, z, slack) >= 0).all()):
-        verified = verified & ~signed_errors(active, data.limits, found.x, z, slack).any(-1)
-    return Polished(found.x, found.w[:, :p], z, active, slack, violation, verified, system)
+        errors = signed_errors(data, active, found.x, z, slack)
+        verified = verified & ~errors.any(-1)
+    return Polished(found.x, found.w[:, :p], z, active, slack, violation, verified, system, errors)
 
 
-def signed_errors(active: Tensor, limits: Tensor, x: Tensor, z: Tensor, slack: Tensor) -> Tensor:
-    """By how much multipliers of active rows and slacks of the others are negative, beyond rounding; else zero.
-
-    Or by how much an active row isn't at its limit: least squares leave short rows alone where longer ones oppose.
-    """
-    size = 1 + torch.where(limits.isfinite(), limits, 0).abs() + x.abs().amax(-1, keepdim=True)
-    scale = torch.where(active, 1 + z.abs().amax(-1, keepdim=True), size) if z.shape[-1] else size
+def signed_errors(data: Data, active: Tensor, x: Tensor, z: Tensor, slack: Tensor) -> Tensor:
+    """By how much multipliers of active rows and slacks of the others are negative, beyond rounding; else zero."""
+    size = data.extents + x.abs().amax(-1, keepdim=True)
+    scale = torch.where(active, 1 + z.abs().amax(-1, keepdim=True), size)
     negative = torch.where(active, -z, -slack)
-    errors = torch.where(negative > 1e-11 * scale, negative / scale, 0)
-    return torch.where(active & (slack > VIOLATION * size), slack / size, errors)
+    return torch.where(negative > 1e-11 * scale, negative / scale, 0)

@@ -293,8 +293,7 @@ class Work:
         weak = self.exact & (margin <= _TOUCHING)
         if not bool(weak.any()):
             return self.degenerate
-        sizes = 1 + torch.where(self.limits.isfinite(), self.limits, 0).abs()
-        touching = (self.active | (self.slack <= _TOUCHING * sizes))[weak]
+        touching = (self.active | (self.slack <= _TOUCHING * self.data.extents))[weak]
         return self.degenerate.index_put((weak,), reduced(self._part(weak), touching).degenerate)
 
     def _point(self, dtype: torch.dtype) -> Tensor:
