@@ -20,14 +20,14 @@ from difflayers.errors import ProblemError
 from difflayers.qp._api import QPSolution, solve_qp
 from difflayers.qp._checks import batch_shape, check_objective
 from difflayers.qp._clarabel import Clarabel
-from difflayers.qp._cone_checks import EVENTS, check_cone_blocks
+from difflayers.qp._cone_checks import check_cone_blocks
 from difflayers.qp._cone_clarabel import ConeClarabel
 from difflayers.qp._cone_moreau import ConeMoreau
 from difflayers.qp._cone_problem import ConeProblem
-from difflayers.qp._cone_scaling import Units, extreme
+from difflayers.qp._cone_scaling import Units, extreme, plain
 from difflayers.qp._cone_scs import SCS
 from difflayers.qp._cones import Cones
-from difflayers.qp._data import Data, Matrix, flattened
+from difflayers.qp._data import MATRICES, Data, Matrix, flattened
 from difflayers.qp._lpgd import LPGDAdjoint
 from difflayers.qp._moreau import Moreau
 from difflayers.qp._solver import QPSolver
@@ -121,35 +121,36 @@ def solve_cone(
     blocks = {name: as_sparse(to_tensors(block, like), name, like) for name, block in blocks.items()}
     check_cone_blocks(blocks, cones)
     chosen = resolve(solver, CONE_SOLVERS)
-    if cones.linear == cones.rows and isinstance(chosen, QPSolver):
-        quadratic: str | Solver = "auto" if solver == "clarabel" else chosen
-        solution = showing(progress, lambda: _as_qp(blocks, cones, quadratic, adjoint, init, on_failure))
-        return solution.numpy() if numpy else solution
     given = {_NAMES[name]: block for name, block in blocks.items() if block is not None}
     batch = batch_shape(given)
-    flat = {_NAMES[name]: flattened(block, batch, EVENTS[name]) for name, block in blocks.items() if block is not None}
-    solution = showing(progress, lambda: _solved(flat, cones, batch.numel(), chosen, adjoint, init, on_failure))
-    solution = in_shape(solution, batch, "value", "y", "s")
+    if cones.linear == cones.rows and isinstance(chosen, QPSolver):
+        quadratic: str | Solver = "auto" if solver == "clarabel" else chosen
+        solution = showing(progress, lambda: _linear(given, cones, batch, quadratic, adjoint, init, on_failure))
+    else:
+        solution = showing(progress, lambda: _solved(given, cones, batch, chosen, adjoint, init, on_failure))
     return solution.numpy() if numpy else solution
 
 
+def _flat(given: Mapping[str, Matrix], batch: torch.Size) -> dict[str, Matrix]:
+    """With one batch dimension, or without."""
+    return {name: flattened(block, batch, 2 if name in MATRICES else 1) for name, block in given.items()}
+
+
 def _solved(
-    blocks: dict[str, Matrix],
+    given: Mapping[str, Matrix],
     cones: Cones,
-    samples: int,
+    batch: torch.Size,
     chosen: Solver,
     adjoint: Adjoint | None,
     init: Any,
     on_failure: OnFailure,
 ) -> ConeSolution:
-    """For one batch dimension."""
+    blocks, samples, known = _flat(given, batch), batch.numel(), None
     data = Data.of(blocks)
-    known, units = None, None
     if not in_functorch():
         known = data.map(lambda block: block.detach().double())
         check_objective(known, data.q.dtype)
-    if not isinstance(adjoint, LPGDAdjoint):  # whose tau and rho are in units of the caller
-        units = _units(known, data, cones, samples)
+    units = _units(data if known is None else known, cones, samples, adjoint)
     if units is not None:
         blocks, known = units.applied(blocks), None
         data = Data.of(blocks)
@@ -166,18 +167,20 @@ def _solved(
         y, s = _parts(v, cones)
     stats = found.stats
     if units is not None:
-        x, y, s = (part * unit.to(part) for part, unit in ((x, units.x), (y, units.y), (s, units.s)))
-        stats = {name: units.proof(stat) if name == "certificate" else stat for name, stat in stats.items()}
-    return ConeSolution(x, found.status, stats, None, y, s, chosen, torch.cat([x, y, s], dim=-1).detach())
+        (x, y, s), stats = units.outward(x, y, s), units.stats(stats)
+    point = torch.cat([x, y, s], dim=-1).detach()
+    return in_shape(ConeSolution(x, found.status, stats, None, y, s, chosen, point), batch, "value", "y", "s")
 
 
-def _units(known: Data | None, data: Data, cones: Cones, samples: int) -> Units | None:
+def _units(data: Data, cones: Cones, samples: int, adjoint: Adjoint | None) -> Units | None:
     """Those of samples whose numbers are far from one, if there are any, or if that can't be seen here."""
-    if samples == 0 or data.layout.n == 0:
+    if 0 in (samples, data.layout.n, data.layout.m) or isinstance(adjoint, LPGDAdjoint):  # whose tau is the caller's
         return None
-    seen = data.map(lambda block: block.detach().double()) if known is None else known
-    needed = extreme(seen, cones, samples)
-    return Units.of(seen, cones, needed) if known is None or bool(needed.any()) else None
+    data, seen = data.map(lambda block: block.detach().double()), not in_functorch()
+    if seen and plain(data):
+        return None
+    needed = extreme(data, samples)
+    return None if seen and not bool(needed.any()) else Units.of(data, cones, needed)
 
 
 def _parts(v: Tensor, cones: Cones) -> tuple[Tensor, Tensor]:
@@ -208,31 +211,55 @@ def _start(data: Data, units: Units | None, samples: int, init: Any) -> Tensor:
             f"init is {what}, but must be a ConeSolution of {samples} problems with {n} unknowns and {m} multipliers"
         )
     x, y, s = point.to(data.q).split((n, m, m), dim=-1)
-    if units is not None:
-        x, y, s = (part / unit.to(part) for part, unit in ((x, units.x), (y, units.y), (s, units.s)))
+    x, y, s = (x, y, s) if units is None else units.inward(x, y, s)
     return torch.cat([x, y - s], dim=-1)
 
 
-def _as_qp(
-    blocks: dict[str, Any],
+def _linear(
+    given: Mapping[str, Matrix],
     cones: Cones,
+    batch: torch.Size,
     solver: str | Solver,
     adjoint: Adjoint | None,
     init: Any,
     on_failure: OnFailure,
 ) -> ConeSolution:
-    """Zero and nonnegative cones are equations and inequalities."""
+    """A QP, in better units where its own are far from one."""
     if init is not None and not (isinstance(init, ConeSolution) and isinstance(init.point, QPSolution)):
         raise ProblemError(f"init must be a ConeSolution of such a problem, got {type(init).__name__}")
-    C, d = blocks["C"], blocks["d"]
+    near, flat = None if init is None else init.point, _flat(given, batch)
+    units = None if in_functorch() else _units(Data.of(flat), cones, batch.numel(), adjoint)
+    if units is None:
+        return _as_qp(given, cones, solver, adjoint, near, on_failure)
+    if near is not None and near.point is not None:
+        near = replace(near, point=near.point / units.of_point(near.point, cones.zero))
+    found = _as_qp(units.applied(flat), cones, solver, adjoint, near, on_failure)
+    x, y, s = units.outward(found.x, found.y, found.s)
+    point = replace(
+        found.point, value=x.detach(), point=found.point.point * units.of_point(found.point.point, cones.zero)
+    )
+    found = replace(found, value=x, y=y, s=s, stats=units.stats(found.stats), point=point)
+    return in_shape(found, batch, "value", "y", "s")
+
+
+def _as_qp(
+    given: Mapping[str, Matrix],
+    cones: Cones,
+    solver: str | Solver,
+    adjoint: Adjoint | None,
+    near: QPSolution | None,
+    on_failure: OnFailure,
+) -> ConeSolution:
+    """Zero and nonnegative cones are equations and inequalities."""
+    C, d = given["G"], given["h"]
     parts = []
     for first, count in ((0, cones.zero), (cones.zero, cones.nonnegative)):
         rows = slice(first, first + count)
         parts.append((_rows(C, rows), d[..., rows]) if count else (None, None))
     equations, inequalities = parts
     found = solve_qp(
-        blocks["P"], blocks["q"], *inequalities, *equations,
-        solver=solver, adjoint=adjoint, init=None if init is None else init.point, on_failure=on_failure,
+        given.get("P"), given["q"], *inequalities, *equations,
+        solver=solver, adjoint=adjoint, init=near, on_failure=on_failure,
     )  # fmt: skip
     x, y, s = found.x, found.y, 0 * found.y.detach()  # NaN where there is no answer
     if cones.nonnegative:

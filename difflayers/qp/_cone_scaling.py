@@ -78,20 +78,52 @@ class Units:
             found["P"] = _scaled(blocks["P"], a * D, D)
         return {name: found[name] for name in blocks}
 
+    def inward(self, x: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A point of the original program, in these units."""
+        return x / self.x.to(x), y / self.y.to(x), s / self.s.to(x)
+
+    def outward(self, x: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A point in these units, of the original program."""
+        return x * self.x.to(x), y * self.y.to(x), s * self.s.to(x)
+
+    def of_point(self, point: Tensor, zero: int) -> Tensor:
+        """Those of ``(x, y, v)`` of a QP: of a row that holds, of the multiplier, else of the slack."""
+        held = point[:, self.x.shape[-1] :] > 0
+        held[:, :zero] = True
+        return torch.cat([self.x, torch.where(held, self.y, self.s)], dim=-1).to(point)
+
+    def stats(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Statistics, with proofs of the original program."""
+        return {name: self.proof(stat) if name == "certificate" else stat for name, stat in stats.items()}
+
     def proof(self, proof: Tensor) -> Tensor:
         """That of the original program: a ray of ``x``, or multipliers."""
         return proof * torch.cat([self.columns, self.rows], dim=-1).to(proof)
 
 
-def extreme(data: Data, cones: Cones, samples: int) -> Tensor:
+def plain(data: Data) -> bool:
+    """Whether no sample is :func:`extreme`, at a glance at all."""
+    sizes = torch.cat([size.flatten() for size in _sizes(data)])
+    least, largest = torch.where(sizes > 0, sizes, 1).aminmax()
+    return float(least) >= 1 / MODERATE and float(largest) <= MODERATE
+
+
+def extreme(data: Data, samples: int) -> Tensor:
     """In which samples the objective, ``d``, or a row or column of ``C`` is of a size far from one, ``(samples,)``."""
-    C, d = constraints(data)
-    entries = C if isinstance(C, Sparse) else C.abs()
-    sizes = [_objective(data)[..., None], _level(d), _largest(entries, -2), _largest(entries, -1)]
-    found = torch.zeros(samples, dtype=torch.bool, device=d.device)
-    for size in sizes:
+    found = torch.zeros(samples, dtype=torch.bool, device=data.q.device)
+    for size in _sizes(data):
         found = found | (((size > MODERATE) | (size < 1 / MODERATE)) & (size > 0)).any(-1)
     return found
+
+
+def _sizes(data: Data) -> list[Tensor]:
+    """The largest absolute values in the objective, in ``d``, and in columns and rows of ``C``."""
+    C, d = constraints(data)
+    sizes = [_objective(data).unsqueeze(-1), d.abs().amax(-1, keepdim=True)]
+    if isinstance(C, Sparse):
+        return [*sizes, _largest(C, -2), _largest(C, -1)]
+    # Where there are many, allocating absolute values would take most of the time.
+    return [*sizes, *[torch.maximum(C.amax(dim), -C.amin(dim)) for dim in (-2, -1)]]
 
 
 def _typical(P: Matrix | None, q: Tensor, d: Tensor) -> Tensor:

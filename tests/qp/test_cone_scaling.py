@@ -5,7 +5,7 @@ import torch
 
 from difflayers import Status
 from difflayers.qp import Cones, CvxpyLayer, LPGDAdjoint, solve_cone
-from difflayers.qp._cone_scaling import Units, extreme
+from difflayers.qp._cone_scaling import Units, extreme, plain
 from difflayers.qp._data import Data
 
 UNITS = [1e-12, 1e-9, 1e-6, 1e-3, 1e3, 1e6, 1e9]
@@ -128,6 +128,33 @@ def test_proofs_hold_in_any_units(unit):
     assert found.stats["certificate"][0] > 0
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_linear_and_quadratic_programs_too(unit):
+    cones, C = Cones(zero=1, nonnegative=3), torch.cat([torch.ones(1, 3), -torch.eye(3)])
+    d = torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]]) * unit  # on a simplex, and where nothing is
+    point = (torch.tensor([0.5, 0.4, -1.0]) * unit).requires_grad_()
+    found = solve_cone(torch.eye(3), -point, C, d, cones, on_failure="ignore")
+    assert found.status.tolist() == [Status.SUCCESS, Status.INFEASIBLE]
+    torch.testing.assert_close(found.x[0].detach() / unit, torch.tensor([0.55, 0.45, 0]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.y[0].detach() / unit, torch.tensor([-0.05, 0, 0, 0.95]), rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad(found.x[0, 0], point)
+    torch.testing.assert_close(gradient, torch.tensor([0.5, -0.5, 0]), rtol=0, atol=1e-12)
+    y = found.stats["certificate"][1, 3:]
+    assert d[1] @ y < 0
+    assert (C.mT @ y).abs().amax() <= 1e-6 * y.abs().amax()
+    again = solve_cone(
+        torch.eye(3), -point, C, d[:1], cones, init=solve_cone(torch.eye(3), -point, C, 2 * d[:1], cones)
+    )
+    torch.testing.assert_close(again.x, found.x[:1], rtol=1e-12, atol=0)
+    assert (again.stats["steps"] == 0).all()
+
+
+def test_programs_without_rows():
+    q = torch.tensor([1e-9, 2e-9])
+    free = solve_cone(torch.eye(2), q, torch.zeros(0, 2), torch.zeros(0), Cones())
+    torch.testing.assert_close(free.x, -q)
+
+
 def test_lpgd_perturbs_in_units_of_the_caller():
     center = (CENTER * 1e-3).requires_grad_()
     gradients = [
@@ -141,7 +168,8 @@ def test_plain_numbers_stay_as_they_are():
     C, d = -torch.eye(3)[:, 1:], torch.tensor([1.0, 0.0, 0.0])
     data = Data(torch.eye(2), -CENTER, C, d)
     cones = Cones(second_order=(3,))
-    assert not extreme(data, cones, 3).any()
+    assert plain(data)
+    assert not extreme(data, 3).any()
     units = Units.of(data, cones, torch.tensor([True, False, True]))
     assert (torch.cat([units.x, units.y, units.s], -1)[1] == 1).all()
     assert (torch.frexp(torch.cat([units.x, units.y, units.s], -1)).mantissa == 0.5).all()
