@@ -52,7 +52,7 @@ class ConeSolver(Solver):
     ``UNBOUNDED`` that its proof was checked. Among ``stats``, per sample:
 
     - ``steps`` of the backend; 0 where a warm start was near enough for Newton's method;
-    - ``residual``, the largest violation of a condition;
+    - ``residual``, the largest violation of a condition, in units in which the data are about one;
     - ``degenerate``: the conditions have a singular derivative, as where multipliers or solution aren't unique.
       Derivatives are then those of least squares;
     - ``certificate``, if any sample is infeasible or unbounded: the proof, ``(*batch, n + m)``.
