@@ -132,3 +132,11 @@ def test_a_cone_program_without_a_bound_by_rounding_says_so(solver):
                        on_failure="ignore")  # fmt: skip
     assert set(found.status.tolist()) <= {Status.SUCCESS, Status.UNBOUNDED}
     assert (found.status == Status.UNBOUNDED).any()
+
+
+@pytest.mark.parametrize("falls", [1e-3, 1e-5, 1e-7])
+def test_an_objective_that_falls_slowly_is_unbounded(falls):
+    """Most of the slope is in the way of a row; along the row little is left of it, which is enough."""
+    found = solve_qp(None, torch.tensor([1.0, falls]), -torch.eye(2)[:1], torch.zeros(1), on_failure="ignore")
+    assert found.status == Status.UNBOUNDED
+    assert found.stats["certificate"].tolist() == pytest.approx([0, -1, 0], abs=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 TOLERANCE, ROUNDING = 1e-7, 1e-9
 # What is this many times longer than the data suggest isn't there.
 FAR, ENDLESS = 1e3, 1e12
+ATTEMPTS = 3  # at a direction, each with more rows held
 FEW = 300  # unknowns, up to which everything is done densely
 # Singular values below this share of the largest are zero.
 FLAT = 1e-13
@@ -116,16 +118,18 @@ def _reach(rows: Any, sides: Array) -> Any:
 def _ray(P: Any, q: Array, A: Any, b: Array, C: Any, d: Array) -> Array | None:
     """A direction along which nothing is in the way and the objective falls."""
     C = C[np.isfinite(d)]
-    x = _steepest(*map(_dense, (P, q, A, C))) if len(q) <= FEW else _shortest(P, q, A, C)
-    if x is None or not np.abs(x).max() > 0:
-        return None
-    x = x / np.abs(x).max()
-    falls = -q @ x
-    stays = all((_lengths(M) * TOLERANCE >= step).all() for M, step in ((A, np.abs(A @ x)), (C, C @ x)))
-    # Where there is curvature, the objective falls up to the length falls / xᵀPx; what is within rounding isn't there.
-    curvature = x @ P @ x - 4 * EPS * (np.abs(x) @ (abs(P) @ np.abs(x)))
-    proved = stays and falls > ROUNDING * np.abs(q).max() and falls >= ENDLESS * curvature
-    return np.r_[x, np.zeros(len(b) + len(d))] if proved else None
+    for x in _steepest(*map(_dense, (P, q, A, C))) if len(q) <= FEW else _shortest(P, q, A, C):
+        if not np.abs(x).max() > 0:
+            return None
+        x = x / np.abs(x).max()
+        falls = -q @ x
+        stays = all((_lengths(M) * TOLERANCE >= step).all() for M, step in ((A, np.abs(A @ x)), (C, C @ x)))
+        # Where there is curvature, the objective falls up to the length falls / xᵀPx; but not what is within rounding.
+        curvature = x @ P @ x - 4 * EPS * (np.abs(x) @ (abs(P) @ np.abs(x)))
+        if stays and falls > ROUNDING * np.abs(q).max() and falls >= ENDLESS * curvature:
+            proof: Array = np.r_[x, np.zeros(len(b) + len(d))]
+            return proof
+    return None
 
 
 def _dense(block: Any) -> Array:
@@ -133,27 +137,37 @@ def _dense(block: Any) -> Array:
     return array
 
 
-def _steepest(P: Array, q: Array, A: Array, C: Array) -> Array | None:
-    """The projection of ``-q`` on the directions without an obstacle, among those that ``P`` and ``A`` don't see."""
-    rows = np.concatenate([P / max(np.abs(P).max(), TINY), A / np.maximum(_lengths(A), TINY)[:, None]])
-    _, sizes, turned = np.linalg.svd(rows)
-    basis = turned[int((sizes > FLAT * sizes[0]).sum()) :].T
-    slope = basis.T @ q
-    if not basis.size or not np.abs(slope).max() > ROUNDING * np.abs(q).max():
-        return None
-    across = C @ basis
-    across = across / np.maximum(_lengths(across), TINY)[:, None]
-    none = np.zeros((0, basis.shape[1])), np.zeros(0)
-    found = _piqp(np.eye(basis.shape[1]), slope / np.abs(slope).max(), *none, across, np.zeros(len(C)))
-    return None if found is None else basis @ found[0]
+def _steepest(P: Array, q: Array, A: Array, C: Array) -> Iterator[Array]:
+    """The projection of ``-q`` on the directions without an obstacle, among those that ``P`` and ``A`` don't see.
+
+    Again where nearly all of it is in the way of rows: among directions that these rows don't see either.
+    """
+    for _ in range(ATTEMPTS):
+        rows = np.concatenate([P / max(np.abs(P).max(), TINY), A / np.maximum(_lengths(A), TINY)[:, None]])
+        _, sizes, turned = np.linalg.svd(rows)
+        basis = turned[int((sizes > FLAT * sizes[0]).sum()) :].T
+        slope = basis.T @ q
+        if not basis.size or not np.abs(slope).max() > ROUNDING * np.abs(q).max():
+            return
+        across = C @ basis
+        across = across / np.maximum(_lengths(across), TINY)[:, None]
+        none = np.zeros((0, basis.shape[1])), np.zeros(0)
+        found = _piqp(np.eye(basis.shape[1]), slope / np.abs(slope).max(), *none, across, np.zeros(len(C)))
+        if found is None:
+            return
+        x, _, z = found
+        yield basis @ x
+        held = z > -across @ x
+        A, C = np.concatenate([A, C[held]]), C[~held]
 
 
-def _shortest(P: Any, q: Array, A: Any, C: Any) -> Array | None:
+def _shortest(P: Any, q: Array, A: Any, C: Any) -> Iterator[Array]:
     """The shortest direction without an obstacle along which the objective falls by one."""
     n = len(q)
     flat, target = _stacked([[P], [A], [q[None]]]), np.r_[np.zeros(n + A.shape[0]), -1.0]
     found = _piqp(_eye(n, C), np.zeros(n), flat, target, C, np.zeros(C.shape[0]))
-    return None if found is None else found[0]
+    if found is not None:
+        yield found[0]
 
 
 def _eye(n: int, like: Any) -> Any:
