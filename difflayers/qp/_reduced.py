@@ -122,14 +122,13 @@ class Reduced:
 
     def _curved_by_rows(self) -> tuple[Tensor, Tensor]:
         """``P + σCᵀC`` factored: the same solutions, wherever they are unique; ``σ = 0`` where ``P`` is definite."""
-        P = self.data.P
-        gram = self.rows.mT @ self.rows
-        if P is None:
-            P = torch.zeros_like(gram)
+        P, curvature, gram = self.data.P, self.data.curvature, torch.bmm(self.rows.mT, self.rows)
+        if P is None or curvature is None:
+            self._sigma = gram.new_ones(self.samples, 1)
+            return cholesky(gram)
         size, own = (m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (gram, P))
         ratio = own / torch.where(size > 0, size, 1)
-        own_curvature = self.data.curvature[1] if self.data.curvature else torch.zeros_like(ratio, dtype=torch.bool)
-        self._sigma = torch.where(own_curvature, 0, torch.where(ratio > 0, ratio, 1))[:, None]
+        self._sigma = torch.where(curvature[1], 0, torch.where(ratio > 0, ratio, 1))[:, None]
         return cholesky(P + self._sigma[..., None] * gram)
 
     def _solve(self, first: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
