@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from difflayers._arrays import finite
 from difflayers.qp._data import Data, Matrix
 from difflayers.qp._sparse import Sparse
 
@@ -18,7 +20,9 @@ _SWEEPS = 8
 
 
 class Scaling:
-    """A problem in ``u = x/D``, ``(P, q)`` divided by its largest entry, rows by their lengths; the way back.
+    """A problem in ``u = x/bD``, ``(P, q)`` divided by its largest entry, rows by their lengths; the way back.
+
+    ``b`` is a size of ``x``: what rows reach, or what the objective asks for.
 
     All by powers of two, so that it is the same problem to the last bit.
 
@@ -31,9 +35,10 @@ class Scaling:
         layout = data.layout
         self._columns = _columns(data, samples)
         data = _in_units(data, self._columns)
-        self._objective = _sized(_objective(data).expand(samples))[:, None]
         none = data.q.new_ones(samples, 0)
         G, A = (none if m is None else _sized(_lengths(m)).expand(samples, -1) for m in (data.G, data.A))
+        self._size = size = _sized(_reach(data, G, A).expand(samples))[:, None]
+        self._objective = _sized(_objective(replace(data, q=data.q / size)).expand(samples))[:, None]
         # A bound on u is a row of length one already: that on x, in its unit.
         self._rows = torch.cat([G, *[self._columns] * (bool(layout.low) + bool(layout.high))], dim=-1)
         self._equations = A
@@ -41,26 +46,30 @@ class Scaling:
         self.data = replace(
             data,
             P=None if data.P is None else _scaled(data.P, units, torch.ones_like(units)),
-            q=data.q * units,
+            q=data.q * units / size,
             G=None if data.G is None else _scaled(data.G, 1 / G, torch.ones_like(units)),
-            h=None if data.h is None else data.h / G,
+            h=None if data.h is None else data.h / (G * size),
             A=None if data.A is None else _scaled(data.A, 1 / A, torch.ones_like(units)),
-            b=None if data.b is None else data.b / A,
+            b=None if data.b is None else data.b / (A * size),
+            lb=None if data.lb is None else data.lb / size,
+            ub=None if data.ub is None else data.ub / size,
         )
-        every = torch.cat([self._objective, self._rows, self._equations, self._columns], dim=-1)
+        every = torch.cat([self._size, self._objective, self._rows, self._equations, self._columns], dim=-1)
         self.severe = (every.log().abs() > torch.tensor(_MODERATE).log()).any(-1)
 
     def point(self, u: Tensor) -> Tensor:
         """The ``x`` of the original problem."""
-        return self._columns * u
+        return self._size * self._columns * u
 
     def multipliers(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the original problem."""
-        return self._objective * y / self._equations, self._objective * z / self._rows
+        unit = self._size * self._objective
+        return unit * y / self._equations, unit * z / self._rows
 
     def violation(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """How far the conditions of the scaled problem are from holding at a point of the original one."""
-        x, y, z = x / self._columns, y * self._equations / self._objective, z * self._rows / self._objective
+        unit = self._size * self._objective
+        x, y, z = x / (self._size * self._columns), y * self._equations / unit, z * self._rows / unit
         return self.data.violation(x, y, z, self.data.limits - self.data.products(x))
 
     def proof(self, proof: Tensor) -> Tensor:
@@ -70,8 +79,12 @@ class Scaling:
 
 
 def misleading(data: Data, samples: int) -> Tensor:
-    """In which samples a row of ``G`` or ``A`` or the objective is of a size far from one, ``(samples,)``."""
-    found = torch.zeros(samples, dtype=torch.bool, device=data.q.device)
+    """In which samples a row of ``G`` or ``A`` or the objective is of a size far from one, ``(samples,)``.
+
+    Or all sides are small: large ones are what residuals are compared with anyway.
+    """
+    sides = _sides(data)
+    found = ((sides > 0) & (sides < 1 / _MISLEADING)).expand(samples)
     for sizes in (_objective(data)[..., None], *[_lengths(m) for m in (data.G, data.A) if m is not None]):
         outside = (sizes > _MISLEADING) | (sizes < 1 / _MISLEADING)
         found = found | (outside & (sizes > 0)).any(-1)
@@ -82,7 +95,8 @@ def ordinary(data: Data) -> bool:
     """Whether, at a glance, no sample is odd: all finite, no bounds that contradict, no :func:`misleading` size."""
     if data.sparse or not _bounds_fit(data):
         return False
-    sizes = torch.cat([_lengths(data.matrix).reshape(-1), _objective(data).reshape(-1)])
+    sides = _sides(data).reshape(-1).clamp_max(1)
+    sizes = torch.cat([_lengths(data.matrix).reshape(-1), _objective(data).reshape(-1), sides])
     least, largest = map(float, sizes.aminmax())
     total = data.magnitude.sum() if data.P is None else data.magnitude.sum() + data.P.sum()
     return least >= 1 / _MISLEADING and largest <= _MISLEADING and math.isfinite(total)
@@ -127,6 +141,30 @@ def _in_units(data: Data, d: Tensor) -> Data:
         lb=None if data.lb is None else data.lb / d,
         ub=None if data.ub is None else data.ub / d,
     )
+
+
+def _sides(data: Data) -> Tensor:
+    """The largest right-hand side or bound, or entry of ``q`` where there is curvature: what ``x`` goes with."""
+    if data.P is not None:
+        return data.magnitude
+    return _largest_of([data.b, data.limits], data.q)
+
+
+def _reach(data: Data, G: Tensor, A: Tensor) -> Tensor:
+    """How far rows of these lengths and bounds are from zero, or how far off a minimum without them would be."""
+    rows = [None if side is None else side / length for side, length in ((data.h, G), (data.b, A))]
+    reach = _largest_of([*rows, data.lb, data.ub], data.q)
+    if data.P is None or not data.P.numel():
+        return reach
+    curvature = _largest(data.P, -1).amax(-1)
+    asked = data.q.abs().amax(-1) / torch.where(curvature > 0, curvature, 1)
+    return torch.maximum(reach, torch.where(curvature > 0, asked, 0))
+
+
+def _largest_of(sides: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """The largest finite entry of all that there are; zero where there is none."""
+    sizes = [finite(side).abs().amax(-1) for side in sides if side is not None and side.shape[-1]]
+    return functools.reduce(torch.maximum, sizes, like.new_zeros(()))
 
 
 def _objective(data: Data) -> Tensor:

@@ -117,3 +117,24 @@ def test_scaling_is_the_same_problem(sparse):
 def _stationarity(data, x, y, z):
     data = data.dense()
     return x @ data.P.mT.reshape(5, 5) + data.q + data.pulled(z) + y @ data.A.reshape(2, 5)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e-9, 1e-12])
+@pytest.mark.parametrize("curved", [True, False])
+def test_small_sides_say_as_much_as_large_ones(unit, curved):
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(8, 6, generator=generator)
+    P = G.mT @ G + torch.eye(6) if curved else None
+    q, h = -G.mT @ torch.rand(8, generator=generator), torch.rand(8, generator=generator)
+    own = unit if curved else 1.0  # of a linear objective, whose size says nothing about x
+    plain = solve_qp(P, q, G, h, lb=-torch.ones(6), ub=torch.ones(6))
+    small = solve_qp(P, q * own, G, h * unit, lb=-unit * torch.ones(6), ub=unit * torch.ones(6))
+    assert (small.x / unit - plain.x).norm() <= 1e-12 * plain.x.norm()
+    assert (small.z / own - plain.z).norm() <= 1e-12 * plain.z.norm()
+    # Two rows that exclude each other by as little.
+    none = solve_qp(P, q * own, torch.cat([G, -G]), unit * torch.cat([h - 2, -h - 1]), on_failure="ignore")
+    assert none.status == Status.INFEASIBLE
+    x, y = none.x, none.stats["certificate"][6:]
+    assert x.isnan().all()
+    assert (y @ torch.cat([h - 2, -h - 1])) < 0 <= y.min()
+    torch.testing.assert_close(y @ torch.cat([G, -G]), torch.zeros(6), atol=1e-9, rtol=0)
