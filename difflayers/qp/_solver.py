@@ -174,7 +174,7 @@ class Work:
                 return
             found, part = Answers(*[each[answered] for each in found]), self._part(going)
         enter("exact answers")
-        active = found.z > part.limits - part.products(found.x)
+        active = found.z > (part.sides - part.reached(found.x))[:, part.layout.p :]
         exact = polished(part, active, found[:3])
         self._take(going, exact)
         if self.whole is None:
