@@ -86,7 +86,9 @@ def tape(run: Run, case: Case) -> int | None:
 def _alive() -> list[Tensor]:
     gc.collect()
     # type(), because isinstance() asks objects that answer with a warning.
-    return [t for t in gc.get_objects() if type(t) is Tensor and t.layout == torch.strided]
+    plain = [t for t in gc.get_objects() if type(t) is Tensor and t.layout == torch.strided]
+    # Compilers keep some of those that they traced with, which have no memory.
+    return [t for t in plain if not torch._C._functorch.is_functorch_wrapped_tensor(t)]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def against(
         Goal(
             f"{case.name}: forward + backward",
             f"{ms(theirs.total)}, gradient {theirs.gradient_error:.0e} ({peer.removeprefix('torchdiffeq ')})",
-            f"{ms(ours.total)}, gradient {ours.gradient_error:.0e} ({name.removeprefix(f'{OURS} ')})",
+            f"{ms(ours.total)}, gradient {ours.gradient_error:.0e} ({name.removeprefix(OURS).lstrip(', ') or OURS})",
             f"{ms(bound.total)} ({theirs.total / bound.total:.1f}×)",
             where,
             f"≥ {asked:g}×",

@@ -83,6 +83,8 @@ def compiled(report: Report) -> None:
         methods = {OURS: Ours(), COMPILED: ours, **tightened(case, ours, COMPILED), **peers}
         comparison = compare(case, methods, repetitions, seconds)
         bound = floor(case, Ours(), repetitions)
+        for name, reason in comparison.failed.items():
+            report.note(f"{case.name}: left out: {name}: {reason}")
         lines.append(_compiled_row(case, comparison, took))
         for peer, asked in zip((ADJOINT, TAPE), ASKED[part], strict=False):
             against(report, case, comparison, peer, asked, bound, COMPILED)
