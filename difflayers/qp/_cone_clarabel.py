@@ -36,7 +36,7 @@ class ConeClarabel(HostConeSolver):
                 cones, settings = _listed(module, samples.cones), self._settings(module)
                 solver = module.DefaultSolver(samples.P.at(i), q, samples.C.at(i), d, cones, settings)
             else:
-                changed = {name: m.values[i] for name, m in (("P", samples.P), ("A", samples.C)) if not m.shared}
+                changed = {name: m.change(i) for name, m in (("P", samples.P), ("A", samples.C)) if len(m.varying)}
                 solver.update(q=q, b=d, **changed)
             found = solver.solve()
             results.x[i], results.y[i], results.s[i] = found.x, found.z, found.s

@@ -24,7 +24,12 @@ ROUGH = 1e-5
 
 
 class Columns:
-    """A matrix by columns, for every sample: one pattern, and the values of each."""
+    """A matrix by columns, for every sample: one pattern, and the values of each.
+
+    Attributes:
+        values: ``(count, entries)``.
+        varying: which entries aren't the same in all samples.
+    """
 
     def __init__(self, matrix: Any, count: int, *, triangle: bool = False) -> None:
         sparse = matrix if isinstance(matrix, Sparse) else Sparse.of(matrix)
@@ -34,15 +39,20 @@ class Columns:
         self.shape = sparse.pattern.shape
         self.rows = rows[order].astype(np.int32)
         self.offsets = np.concatenate([[0], np.bincount(columns[order], minlength=self.shape[1]).cumsum()])
-        values = sparse.values.detach().cpu().numpy()
-        self.shared = values.ndim == 1
-        self.values = np.broadcast_to(np.ascontiguousarray(values[..., order]), (count, len(order)))
+        values = np.ascontiguousarray(sparse.values.detach().cpu().numpy()[..., order])
+        self.varying = np.flatnonzero((values != values[0]).any(0)) if values.ndim > 1 else np.zeros(0, dtype=np.int64)
+        self.values = np.broadcast_to(values, (count, len(order)))
 
     def at(self, i: int) -> Any:
         """The SciPy matrix of one sample."""
         from scipy.sparse import csc_matrix
 
         return csc_matrix((self.values[i], self.rows, self.offsets.astype(np.int32)), shape=self.shape)
+
+    def change(self, i: int) -> tuple[Array, Array] | Array:
+        """Of one sample what isn't the same in all: places and values, or where that is most, all values."""
+        few = 2 * len(self.varying) < self.values.shape[1]
+        return (self.varying, self.values[i, self.varying]) if few else self.values[i]
 
 
 class ConeSamples:
