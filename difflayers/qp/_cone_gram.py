@@ -23,7 +23,7 @@ class Gram:
 
     def __init__(self, C: Tensor, cones: Cones, rotation: Rotation) -> None:
         self._n, self._linear = C.shape[-1], cones.linear
-        present = C.abs().amax(0) > 0 if C.dim() > 2 else C != 0
+        present = (C.amax(0) != 0) | (C.amin(0) != 0) if C.dim() > 2 else C != 0
         linear, counts = C[..., : self._linear, :], present[: self._linear].sum(-1)
         self._few = [_Few.of(linear, present, counts, count) for count in range(1, FEW + 1)]
         self._others = (counts > FEW).nonzero().squeeze(-1)

@@ -111,5 +111,6 @@ class NearestFactor(ConeFactor):
         return self._turned(rows.unsqueeze(-1), back=back).squeeze(-1)
 
     def _turned(self, rows: Tensor, *, back: bool = False) -> Tensor:
-        none = rows.new_zeros(len(rows), self._cones.zero, rows.shape[-1])
-        return self._cones.turned(self._rotation, torch.cat([none, rows], dim=1), back=back)[:, self._cones.zero :]
+        plain = self._cones.nonnegative
+        curved = self._cones.turned_curved(self._rotation, rows[:, plain:], back=back)
+        return torch.cat([rows[:, :plain], curved], dim=1) if plain else curved
