@@ -98,7 +98,8 @@ def _exponent(point: Any, rest: Any, module: Any) -> Any:
     below = where(near, point[..., 1], rest[..., 0])
     above = where(near, point[..., 0], rest[..., 0] - rest[..., 1])
     most = module.finfo(point.dtype).max ** 0.3  # so that its square is a number
-    return module.clip(where(below > 0, above / where(below > 0, below, 1), where(near, -most, most)), -most, most)
+    edge = module.full_like(below, most)
+    return module.clip(where(below > 0, above / where(below > 0, below, 1), where(near, -edge, edge)), -most, most)
 
 
 def _unit(rows: Any) -> Any:

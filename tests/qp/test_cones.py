@@ -126,3 +126,14 @@ def test_cones_from_a_mapping():
 def test_cones_that_make_no_sense(wrong, message):
     with pytest.raises((ProblemError, UnknownNameError), match=message):
         Cones.of(wrong)
+
+
+def test_derivatives_of_exponential_cones_do_not_depend_on_the_default_dtype():
+    cones, v = Cones(exponential=2), torch.randn(6)
+    expected = torch.func.jacrev(cones.project)(v)
+    torch.set_default_dtype(torch.float32)
+    try:
+        found = torch.func.jacrev(cones.project)(v)
+    finally:
+        torch.set_default_dtype(torch.float64)
+    assert torch.equal(found, expected)
