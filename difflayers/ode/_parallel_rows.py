@@ -9,6 +9,7 @@ from torch import Tensor
 
 from difflayers.ode._mesh import RowMesh, RowStep
 from difflayers.ode._problem import InitialValueProblem
+from difflayers.ode._propagators import jacobians, product, propagators
 from difflayers.ode._replay import tapes_of
 from difflayers.ode._stages import weights_at
 from difflayers.ode._tableaus import Tableau, coefficients
@@ -86,25 +87,13 @@ class ParallelRows:
         stages = self.tableau.total if inside else self.tableau.stages
         own, divided = self._divided(pairs.sample)
         tapes = tapes_of(self.problem.evaluator(own), known, self.tableau.c[:stages], pairs.t, h, y)
-        # Pairs are the last dimension: small matrices are multiplied as long rows of numbers.
-        given = cotangent[pairs.sample[pairs.output], pairs.index].t()
+        given, length = cotangent[pairs.sample[pairs.output], pairs.index].t(), h.squeeze(1)
         weights = weights_at(self.tableau, pairs.s, y) if inside else known.b.expand(len(pairs.s), -1)
         outside = y.new_zeros(stages, n, len(y)).index_add_(2, pairs.output, weights.t().unsqueeze(1) * given)
-        unit, length = torch.eye(n, dtype=y.dtype, device=y.device).unsqueeze(-1), h.squeeze(1)
-        each, pulled = [], y.new_zeros(stages, n, n + 1, len(y))
-        for i in range(stages - 1, -1, -1):
-            later = pulled[i + 1 :].flatten(1)
-            total = torch.mv(later.t(), known.columns[i][: len(later)]).view_as(pulled[0])
-            if i < self.tableau.stages:
-                total[:, :n] += known.b[i] * unit
-            total[:, n] += outside[i]
-            each.append(total.mul_(length))
-            pulled[i] = product(_jacobian(*tapes[i]).transpose(0, 1), total)
-        start = pulled.sum(0)
-        start[:, :n] += unit
+        each, start = propagators(self.tableau, known, lambda i: jacobians(*tapes[i]), outside.mul_(length), length)
         start[:, n].index_add_(1, pairs.output, given)
         after, adjoint = self._chain(pairs, start, adjoint)
-        kappas = [product(stage[:, :n], after, stage[:, n:]).squeeze(1).t() for stage in reversed(each)]
+        kappas = [product(stage[:, :n], after, stage[:, n:]).squeeze(1).t() for stage in each]
         self._collect([slope for _, slope in tapes], kappas, own, divided, pairs.sample)
         return adjoint
 
@@ -149,25 +138,3 @@ class ParallelRows:
             if total is None:
                 total = torch.zeros_like(self.tensors[i])
             self.gradients[k] = total.index_add_(0, sample, gradient) if divided[i] else total.add_(gradient)
-
-
-def product(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
-    """``total + left @ right`` for matrices along the last dimension, ``(a, b, pairs)`` and ``(b, c, pairs)``."""
-    if len(right) > 6:
-        found = torch.bmm(left.permute(2, 0, 1), right.permute(2, 0, 1)).permute(1, 2, 0)
-        return found if total is None else total + found
-    for column, row in zip(left.unsqueeze(2).unbind(1), right, strict=True):
-        total = column * row if total is None else torch.addcmul(total, column, row)
-    return torch.zeros_like(right) if total is None else total
-
-
-def _jacobian(leaf: Tensor, slope: Tensor) -> Tensor:
-    """``∂slope/∂leaf``, ``(n, n, pairs)``."""
-    n = leaf.shape[1]
-    if not slope.requires_grad:
-        return leaf.new_zeros(n, n, len(leaf))
-    rows = []
-    for unit in torch.eye(n, dtype=leaf.dtype, device=leaf.device):
-        one = unit.expand_as(leaf)
-        rows.append(torch.autograd.grad(slope, leaf, one, retain_graph=True, materialize_grads=True)[0].t())
-    return torch.stack(rows)

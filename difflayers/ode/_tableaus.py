@@ -106,7 +106,8 @@ class Coefficients:
     """A tableau as tensors: what the loops multiply by."""
 
     places: Tensor  # cᵢ in double precision, (stages, 1, 1)
-    rows: tuple[Tensor, ...]
+    square: Tensor  # all aᵢⱼ
+    rows: tuple[Tensor, ...]  # those of one i, and
     columns: tuple[Tensor, ...]  # aᵢⱼ of one j, for all i up to the last stage
     b: Tensor
     error: Tensor | None
@@ -127,6 +128,7 @@ def coefficients(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> 
     with torch.inference_mode(False):
         return Coefficients(
             torch.tensor(tableau.c, dtype=torch.float64, device=device).view(-1, 1, 1),
+            tensor(square),
             tuple(tensor(square[i, :i]) for i in range(size)),
             tuple(tensor(square[j + 1 :, j]) for j in range(size)),
             tensor(list(tableau.b)),
