@@ -26,7 +26,6 @@ class Call:
     keep_stages: bool = False
     stage_parallel: bool | None = None
     check: float | None = None
-    keep_tapes: bool = False
     slope: Tensor | None = None  # at the start, where it was evaluated already
     stiff: list[int] = field(default_factory=list)  # steps at the border of stability, of the sample with most of them
     failures: list[bool] = field(default_factory=list)
@@ -50,8 +49,6 @@ class Call:
 
     def run(self, params: Sequence[Tensor]) -> Solution:
         mesh = self.solver.mesh(params[1], self.states, self.keep_stages)
-        if isinstance(mesh, Mesh):
-            mesh.keep_tapes = self.keep_tapes
         slope, self.slope = self.slope, None
         solution = watch("forward", self.solver, lambda: self.solver.march(self.problem, params, mesh, slope))
         self.meshes.append(mesh)

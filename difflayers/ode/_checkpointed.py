@@ -63,24 +63,17 @@ class CheckpointedAdjoint(Adjoint):
             apart, as ``on_failure`` says: the gradient of a discrete solution is exact, but can be far from that of the
             exact solution while the solution itself is fine. Gradients of first order are checked, outside
             ``torch.func``.
-        recompute: whether ``backward`` evaluates the right-hand side again. If not, the graphs of its evaluations are
-            kept, from a solve until ``backward``: memory grows as that of a tape does, and ``backward`` takes the
-            products only. For explicit methods where all samples step together; what else there is, and what has
-            failed, is evaluated again.
     """
 
     states: int | None = None
     stage_parallel: bool | None = None
     check: float | None = None
-    recompute: bool = True
 
     def supports(self, problem: Problem, solver: Solver) -> str | None:
         if problem.form not in ("ode", "dae") or not isinstance(solver, OneStepSolver):
             return f"it runs steps of the solvers of difflayers.ode once more, which {type(solver).__name__} isn't"
         if self.stage_parallel and not solver.explicit:
             return "stages in parallel are for explicit methods; leave stage_parallel=None"
-        if not self.recompute and (self.states is not None or self.stage_parallel):
-            return "recompute=False keeps what states= and stage_parallel=True would compute again; choose one of them"
         if self.check is not None and not solver.adaptive:
             return "check= compares with tighter tolerances, which a method of fixed step doesn't have"
         return None
@@ -97,7 +90,6 @@ class CheckpointedAdjoint(Adjoint):
         closes_over = _looks_ahead(call, params)
         if self.check is not None and (closes_over or not isinstance(solver, AdaptiveSolver)):
             raise ProblemError("check= is for equations without events, and fn with all that it needs as arguments")
-        call.keep_tapes = wanted and not (self.recompute or closes_over or in_functorch())
         if not (wanted or closes_over or in_functorch()) and torch.autograd.forward_ad._current_level < 0:
             with torch.no_grad():
                 return call.run(params)
@@ -112,7 +104,7 @@ class CheckpointedAdjoint(Adjoint):
 
     def _parallel(self, solver: OneStepSolver, params: Sequence[Tensor]) -> bool:
         """Whether slopes are kept for it."""
-        small = solver.explicit and self.states is None and self.recompute and keeps_stages(params[0])
+        small = solver.explicit and self.states is None and keeps_stages(params[0])
         return small if self.stage_parallel is None else self.stage_parallel
 
 

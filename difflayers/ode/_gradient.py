@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from difflayers.ode._linearization import flow
 from difflayers.ode._mesh import Mesh, RowMesh
 from difflayers.ode._parallel import parallel_gradient
 from difflayers.ode._parallel_rows import ParallelRows
-from difflayers.ode._replay import owed, pulled, retraced, swept
+from difflayers.ode._replay import owed, pulled, retraced
 from difflayers.ode._row_replay import RowGradient, row_time_gradient
 
 # Numbers of the state, and of the propagators of one step, up to which stages in parallel were faster than steps.
@@ -67,12 +66,9 @@ def first_order(
             number -= 1
             given = owed(tableau, mesh.steps[number - 1], made[number - 1]) if shares and number else None
             handed_on = shares and number + 1 < len(mesh.steps)
-            # On the tape of a failed sample zero times NaN is NaN.
-            own = sweep if step.tapes is None or call.failed else functools.partial(swept, tapes=step.tapes)
             adjoint = pulled(
-                tableau, evaluate, step, y, adjoint, made[number], followed, gradients, given, handed_on, own
+                tableau, evaluate, step, y, adjoint, made[number], followed, gradients, given, handed_on, sweep
             )  # fmt: skip
-            step.tapes = None  # whoever asks again, has them computed again
     adjoint = adjoint + _equal_to_first(mesh, by_row(cotangent)).view(native)
     times = _time_gradient(evaluate, mesh, value, t, by_output, adjoint) if 1 in wanted else None
     return _in_order(wanted, adjoint + by_output[0], times, gradients, params)

@@ -16,7 +16,6 @@ from difflayers.ode._mesh import Mesh, Step
 from difflayers.ode._methods import stages_of, traced_stages_of
 from difflayers.ode._problem import Evaluate
 from difflayers.ode._stability import EVERY, at_border, tells
-from difflayers.ode._stages import TapedStages
 
 if TYPE_CHECKING:
     from difflayers.ode._explicit import OneStepSolver
@@ -37,8 +36,6 @@ class JointRun:
         mesh.times = times
         traced = torch.is_grad_enabled()
         self.stages = (traced_stages_of if traced else stages_of)(solver.tableau, evaluate, y, len(times) > 2)
-        if mesh.keep_tapes and solver.explicit and not traced:
-            self.stages = TapedStages(solver.tableau, evaluate, y)
         self.tells = solver.adaptive and tells(self.stages)
         self.t, self.end = times[0], times[-1]
         self.span = self.end - self.t
@@ -154,8 +151,7 @@ class JointRun:
 
     def _record(self, h: float, outputs: tuple[tuple[int, float], ...]) -> None:
         stages = self.stages.slopes.clone() if self.mesh.keep_stages else None
-        tapes = list(self.stages.tapes) if isinstance(self.stages, TapedStages) else None
-        self.mesh.add(Step(self.t, h, outputs, self.y, self.alive, stages, tapes))
+        self.mesh.add(Step(self.t, h, outputs, self.y, self.alive, stages))
 
     def _look(self, h: float, y: Tensor) -> Tensor | None:
         """Which samples end in the step that was accepted."""

@@ -20,7 +20,6 @@ class Step:
         y: the state at its start, if it is kept.
         alive: a column that says which samples move, None for all.
         stages: its slopes, if they are kept, ``(stages, samples, n)``.
-        tapes: points and slopes of its stages with their graphs, if they are kept.
     """
 
     t: float | Tensor
@@ -29,7 +28,6 @@ class Step:
     y: Tensor | None = None
     alive: Tensor | None = None
     stages: Tensor | None = None
-    tapes: list[tuple[Tensor, Tensor]] | None = None
 
 
 class _Stateful(Protocol):
@@ -96,12 +94,11 @@ class Mesh(_Thinned[Step]):
     Attributes:
         times: output times.
         keep_stages: whether slopes are kept too.
-        keep_tapes: whether their graphs are.
     """
 
     def __init__(self, states: int | None = None, keep_stages: bool = False) -> None:
         super().__init__(states)
-        self.keep_stages, self.keep_tapes = keep_stages, False
+        self.keep_stages = keep_stages
         self.times: list[float] = []
 
 

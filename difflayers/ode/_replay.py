@@ -124,23 +124,18 @@ def swept(
     direct: Tensor,
     wanted: Sequence[Tensor],
     gradients: list[Tensor | None],
-    tapes: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Tensor:
-    """What the stages of a step give to its start, for the cotangents that slopes have from outside, ``direct``.
-
-    ``tapes`` are those of the stages, if somebody kept them.
-    """
+    """What the stages of a step give to its start, for the cotangents that slopes have from outside, ``direct``."""
     if isinstance(tableau, ImplicitTableau):
         return swept_implicit(tableau, evaluate, t, h, y, direct, wanted, gradients)
     known = coefficients(tableau, y.dtype, y.device)
-    if not (kept := len(tapes) >= len(direct)):
-        tapes = tapes_of(evaluate, known, tableau.c[: len(direct)], t, h, y)
+    tapes = tapes_of(evaluate, known, tableau.c[: len(direct)], t, h, y)
     back = torch.empty_like(direct)
-    for i in range(len(direct) - 1, -1, -1):
+    for i in range(len(tapes) - 1, -1, -1):
         leaf, slope = tapes[i]
         later = back[i + 1 :].flatten(1)
         cotangent = combined(direct[i], later, known.columns[i][: len(later)], h) if len(later) else direct[i]
-        _pull_one(leaf, slope, cotangent, back[i], wanted, gradients, kept)
+        _pull_one(leaf, slope, cotangent, back[i], wanted, gradients)
     return back.sum(0)
 
 
@@ -166,14 +161,11 @@ def _pull_one(
     result: Tensor,
     wanted: Sequence[Tensor],
     gradients: list[Tensor | None],
-    kept: bool,
 ) -> None:
     if not slope.requires_grad:
         result.zero_()
         return
-    # A graph that was kept may be that of two steps: the slope at the end of one is the first of the next.
-    pulls = torch.autograd.grad(slope, [leaf, *wanted], cotangent, allow_unused=True, retain_graph=kept)
-    found: list[Tensor | None] = list(pulls)
+    found: list[Tensor | None] = list(torch.autograd.grad(slope, [leaf, *wanted], cotangent, allow_unused=True))
     pulled = found.pop(0)
     if pulled is None:
         result.zero_()

@@ -36,7 +36,6 @@ class Stages:
 
     def __init__(self, tableau: Tableau, evaluate: Evaluate, like: Tensor) -> None:
         self.tableau, self.evaluate, self.evaluations = tableau, evaluate, 0
-        self._slope = evaluate  # of the stages
         self.slopes = torch.zeros(tableau.total, *like.shape, dtype=like.dtype, device=like.device)
         self._shape, self._made = like.shape, 0
         known = coefficients(tableau, like.dtype, like.device)
@@ -53,7 +52,7 @@ class Stages:
     def start(self, t: Time, y: Tensor, slope: Tensor | None = None) -> Tensor:
         """The slope at the start of a step; evaluated unless somebody knows it."""
         if slope is None:
-            slope = self._slope(stage_time(t, 0.0, 0.0, y), y)
+            slope = self.evaluate(stage_time(t, 0.0, 0.0, y), y)
         self.evaluations += 1
         slope = slope.reshape(self._shape)
         self._slots[0].copy_(slope)
@@ -126,7 +125,7 @@ class Stages:
         """Evaluate some stages; the point of the last one."""
         if isinstance(h, Tensor) or isinstance(t, Tensor):
             return self._fill_rows(t, y, h, first, end)
-        flat, dtype, device, evaluate = y.reshape(-1), y.dtype, y.device, self._slope
+        flat, dtype, device, evaluate = y.reshape(-1), y.dtype, y.device, self.evaluate
         point, addmv, scalar = y, torch.addmv, torch.scalar_tensor
         for slot, before, weights, c in self._plan[first:end]:
             # view_as: a shape would have to be read first, which takes as long as the product.
@@ -144,41 +143,9 @@ class Stages:
         point, addcmul, mv = y, torch.addcmul, torch.mv
         for (slot, before, weights, _), time in zip(self._plan[first:end], times, strict=True):
             point = addcmul(y, mv(before, weights).view_as(y), wide)
-            slot.copy_(self._slope(time, point))
+            slot.copy_(self.evaluate(time, point))
         self.evaluations += end - first
         return point
-
-
-class TapedStages(Stages):
-    """The same, where every slope keeps its graph, whose leaf is the point of its stage.
-
-    Attributes:
-        tapes: points and slopes of the last step, as far as they are made.
-    """
-
-    def __init__(self, tableau: Tableau, evaluate: Evaluate, like: Tensor) -> None:
-        super().__init__(tableau, evaluate, like)
-        self.tapes: list[tuple[Tensor, Tensor]] = []
-        self._slope = self._taped
-
-    def start(self, t: Time, y: Tensor, slope: Tensor | None = None) -> Tensor:
-        self.tapes = []
-        return super().start(t, y)
-
-    def attempt(self, t: Time, y: Tensor, h: Time) -> Tensor:
-        del self.tapes[1:]
-        return super().attempt(t, y, h)
-
-    def advance(self, t: Time, y: Tensor) -> None:
-        self.tapes = [self.tapes[self.tableau.stages]]
-        super().advance(t, y)
-
-    def _taped(self, t: Tensor, point: Tensor) -> Tensor:
-        leaf = point.detach().requires_grad_()
-        with torch.enable_grad():
-            slope = self.evaluate(t, leaf)
-        self.tapes.append((leaf, slope))
-        return slope.detach()
 
 
 class TracedStages:
@@ -187,64 +154,64 @@ class TracedStages:
     def __init__(self, tableau: Tableau, evaluate: Evaluate, like: Tensor) -> None:
         self.tableau, self.evaluate, self.evaluations = tableau, evaluate, 0
         self.coefficients = coefficients(tableau, like.dtype, like.device)
-        self._slopes: list[Tensor] = []
+        self.evaluates: list[Tensor] = []
 
     @property
     def slopes(self) -> Tensor:
-        return torch.stack(self._slopes)
+        return torch.stack(self.evaluates)
 
     def start(self, t: Time, y: Tensor, slope: Tensor | None = None) -> Tensor:
         """The slope at the start of a step; evaluated here, so that it is on the graph."""
-        self._slopes = [self.evaluate(stage_time(t, 0.0, 0.0, y), y)]
+        self.evaluates = [self.evaluate(stage_time(t, 0.0, 0.0, y), y)]
         self.evaluations += 1
-        return self._slopes[0]
+        return self.evaluates[0]
 
     def attempt(self, t: Time, y: Tensor, h: Time) -> Tensor:
         """The state after a step. The first slope must be here already."""
-        del self._slopes[1:]
+        del self.evaluates[1:]
         end = self.advanced(t, y, h)
         if self.tableau.error:
-            self._slopes.append(self.evaluate(stage_time(t, 1.0, h, y), end))
+            self.evaluates.append(self.evaluate(stage_time(t, 1.0, h, y), end))
             self.evaluations += 1
         return end
 
     def advanced(self, t: Time, y: Tensor, h: Time) -> Tensor:
         """The same without the slope at the end."""
         self._fill(t, y, h, self.tableau.stages)
-        return mixed(y, self._slopes, self.tableau.b, h)
+        return mixed(y, self.evaluates, self.tableau.b, h)
 
     def complete(self, t: Time, y: Tensor, h: Time) -> list[Tensor]:
         """All slopes of the step, with those for outputs inside."""
         self._fill(t, y, h, self.tableau.total)
-        return self._slopes
+        return self.evaluates
 
     def estimates(self) -> list[Tensor]:
         """Estimates of the local error, off the graph."""
         errors = self.coefficients.error
         if errors is None:
             return []
-        known = torch.stack([slope.detach() for slope in self._slopes]).flatten(1)
+        known = torch.stack([slope.detach() for slope in self.evaluates]).flatten(1)
         return [torch.mv(known.t(), row) for row in errors]
 
     def near_end(self, y: Tensor, h: Time) -> tuple[Tensor, Tensor, Tensor]:
         """The point of the last stage before the end, the slope there, and the slope at the end; off the graph."""
         last = self.tableau.stages
-        slopes = [slope.detach() for slope in self._slopes[: last + 1]]
+        slopes = [slope.detach() for slope in self.evaluates[: last + 1]]
         return mixed(y.detach(), slopes, self.tableau.rows[last - 2], h), slopes[last - 1], slopes[last]
 
     def inside(self, t: Time, y: Tensor, h: Time, s: float) -> Tensor:
         """The state at ``t + sh`` of the last step."""
         self.complete(t, y, h)
-        return mixed(y, self._slopes, list(self.tableau.weights(s)), h)
+        return mixed(y, self.evaluates, list(self.tableau.weights(s)), h)
 
     def advance(self, t: Time, y: Tensor) -> None:
         """The last slope becomes the first one of the next step, from ``y`` at ``t``."""
-        self._slopes = [self._slopes[self.tableau.stages]]
+        self.evaluates = [self.evaluates[self.tableau.stages]]
 
     def _fill(self, t: Time, y: Tensor, h: Time, end: int) -> None:
-        for i in range(len(self._slopes), end):
-            point = mixed(y, self._slopes, self.tableau.rows[i - 1], h)
-            self._slopes.append(self.evaluate(stage_time(t, self.tableau.c[i], h, y), point))
+        for i in range(len(self.evaluates), end):
+            point = mixed(y, self.evaluates, self.tableau.rows[i - 1], h)
+            self.evaluates.append(self.evaluate(stage_time(t, self.tableau.c[i], h, y), point))
             self.evaluations += 1
 
 
