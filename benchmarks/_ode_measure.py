@@ -74,7 +74,7 @@ def tape(run: Run, case: Case) -> int | None:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    before = {t.untyped_storage().data_ptr() for t in _alive()}
+    before = {t.untyped_storage().data_ptr() for t in (*_alive(), *case.shared)}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         ys = run.solve(leaves[0], leaves[1 : 1 + len(case.args)])
     for tensor in _alive():

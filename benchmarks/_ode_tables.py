@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from _ode_measure import Comparison, Floor, Result
@@ -12,9 +13,10 @@ from _report import Goal, Report, ms
 OURS = "difflayers"
 
 
-def tightened(case: Case, ours: Ours, name: str = OURS) -> dict[str, Method]:
-    """Ours at smaller tolerances, for the gradient error of a peer that happens to be smaller."""
-    shares = (0.5, 0.25, 0.1)
+def elsewhere(
+    case: Case, ours: Ours, name: str = OURS, shares: Sequence[float] = (4, 2, 0.5, 0.25, 0.1)
+) -> dict[str, Method]:
+    """Ours at other tolerances, for the gradient error of a peer that is smaller or larger at this one."""
     at = lambda share: lambda case: ours(replace(case, rtol=case.rtol * share, atol=case.atol * share))  # noqa: E731
     return {f"{name} at {case.rtol * share:.1e}": at(share) for share in shares}
 
@@ -33,13 +35,13 @@ def against(
     asked: float,
     bound: Floor,
     own: str = OURS,
-    tightened: bool = True,
+    elsewhere: bool = True,
 ) -> None:
     """The goal that the fastest row of those that start with ``own`` be so many times faster than a peer."""
     if peer not in comparison.results:
         return report.note(f"{case.name}: {peer} isn't there, so nothing to compare")
     theirs = comparison.results[peer]
-    name, ours = matching(comparison, theirs.gradient_error, own) if tightened else (own, comparison.results[own])
+    name, ours = matching(comparison, theirs.gradient_error, own) if elsewhere else (own, comparison.results[own])
     ratio, default = theirs.total / ours.total, theirs.total / comparison.results[own].total
     where = f"floor {bound.total / ours.total:.0%} of it"
     good = ratio >= asked and ours.gradient_error <= theirs.gradient_error

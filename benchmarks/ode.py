@@ -21,11 +21,12 @@ from _ode_measure import Comparison, compare, floor
 from _ode_peers import ADJOINT, TAPE, Method, Ours, installed
 from _ode_problems import CASES, Case, lotka_volterra
 from _ode_stiff_parts import classics, dae, stiff
-from _ode_tables import OURS, against, table, tightened
+from _ode_tables import OURS, against, elsewhere, table
 from _report import Goal, Part, Report, ms, run
 from torch import Tensor
 from tqdm import tqdm
 
+from difflayers import UnrolledAdjoint
 from difflayers.ode import CheckpointedAdjoint, odeint
 
 COMPILED = "difflayers, compiled"
@@ -45,7 +46,9 @@ def joint(report: Report, part: str) -> None:
     methods: dict[str, Method] = {
         OURS: Ours(),
         "difflayers, step by step": Ours(adjoint=CheckpointedAdjoint(stage_parallel=False)),
-        **tightened(case, Ours()),
+        "difflayers, unrolled": Ours(adjoint=UnrolledAdjoint()),
+        **elsewhere(case, Ours()),
+        **elsewhere(case, Ours(adjoint=UnrolledAdjoint()), "difflayers, unrolled", (4, 2, 0.5)),
         **installed(),
     }
     comparison = compare(case, methods, repetitions, seconds)
@@ -80,7 +83,7 @@ def compiled(report: Report) -> None:
         ours = Ours(compile=True)
         took = _first_call(case, ours)
         peers = {name: method for name, method in installed().items() if name in (ADJOINT, TAPE)}
-        methods = {OURS: Ours(), COMPILED: ours, **tightened(case, ours, COMPILED), **peers}
+        methods = {OURS: Ours(), COMPILED: ours, **elsewhere(case, ours, COMPILED), **peers}
         comparison = compare(case, methods, repetitions, seconds)
         bound = floor(case, Ours(), repetitions)
         for name, reason in comparison.failed.items():
@@ -122,7 +125,7 @@ def rows(report: Report) -> None:
     ratio = evaluated / alone
     report.goal(Goal(f"{case.name}: rows of f evaluated", f"{alone:,} one by one", f"{evaluated:,}", "", "", "≤ 1.1",
                      f"{ratio:.3f}", ratio <= 1.1))  # fmt: skip
-    against(report, case, comparison, ADJOINT, 3.5, bound, tightened=False)
+    against(report, case, comparison, ADJOINT, 3.5, bound, elsewhere=False)
 
 
 def _counted(case: Case, ours: Ours) -> tuple[int, int]:
