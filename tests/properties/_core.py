@@ -53,7 +53,7 @@ class Property:
         """The counts; everything but an answer in time is a violation. Warnings are errors."""
         with warnings.catch_warnings(), limited(SECONDS):
             warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", DeprecationWarning)
+            warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated")
             try:
                 return self.check(case)
             except Violation:

@@ -226,6 +226,8 @@ def newton(residual: Any, z: np.ndarray) -> np.ndarray:
     """Somebody's own routine, which knows nothing of failures."""
     for _ in range(60):
         jacobian = residual.jacobian(z)
+        if not np.isfinite(jacobian).all():
+            break
         z = z - np.linalg.lstsq(jacobian, residual(z), rcond=None)[0]
         if not np.isfinite(z).all():
             break

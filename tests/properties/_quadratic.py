@@ -188,7 +188,7 @@ def check_optimal(case: Program, blocks: dict[str, Tensor], found: Any, ok: Tens
     x, y, z, box = (getattr(found, name).detach()[ok].double() for name in ("x", "y", "z", "z_box"))
     data = {name: block.detach()[ok].double() for name, block in blocks.items()}
     q = data["q"]
-    gradient, size = q + box, q.abs() + box.abs() + 1e-12
+    gradient, size = q + box, q.abs() + box.abs() + 1e-9
     gap = (q * x).abs().sum(-1)
     for name, v in (("P", x), ("G", z), ("A", y)):
         if name in data:
