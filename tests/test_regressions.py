@@ -140,3 +140,14 @@ def test_an_objective_that_falls_slowly_is_unbounded(falls):
     found = solve_qp(None, torch.tensor([1.0, falls]), -torch.eye(2)[:1], torch.zeros(1), on_failure="ignore")
     assert found.status == Status.UNBOUNDED
     assert found.stats["certificate"].tolist() == pytest.approx([0, -1, 0], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_cone_programs_that_differ_in_one_entry():
+    """With older NumPy, Clarabel takes a pair of arrays of one entry for two numbers: ``make oldest`` failed."""
+    C = torch.tensor([[-1.0, 0.5, 0.5], [0.0, -1.0, 0.0], [0.0, 0.0, -1.0]]).repeat(2, 1, 1)
+    C[1, 0, 0] = -2.0
+    q, d, cones = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([1.0, 0.3, 0.2]), Cones(exponential=1)
+    found = solve_cone(0.1 * torch.eye(3), q, C, d, cones)
+    alone = torch.stack([solve_cone(0.1 * torch.eye(3), q, c, d, cones).x for c in C])
+    torch.testing.assert_close(found.x, alone, rtol=1e-8, atol=1e-8)

@@ -51,7 +51,8 @@ class Columns:
 
     def change(self, i: int) -> tuple[Array, Array] | Array:
         """Of one sample what isn't the same in all: places and values, or where that is most, all values."""
-        few = 2 * len(self.varying) < self.values.shape[1]
+        # With NumPy before 2.4 Clarabel takes a pair of arrays of one entry each for two values.
+        few = 1 < len(self.varying) < self.values.shape[1] / 2
         return (self.varying, self.values[i, self.varying]) if few else self.values[i]
 
 

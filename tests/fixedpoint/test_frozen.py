@@ -258,8 +258,7 @@ def test_a_compiled_cell_and_a_script():
     wrt = tuple(cell.parameters())
     ours, plain = (torch.autograd.grad(m(x).pow(2).sum(), wrt) for m in (compiled, DEQ(cell, solver=TIGHT)))
     contracts.assert_close(ours, plain, 1e-12)
-    with pytest.warns(DeprecationWarning, match="script"):
-        script = torch.jit.script(nn.Linear(4, 4))
+    script = torch.jit.script(nn.Linear(4, 4))
     with pytest.raises(ProblemError, match="ScriptModule"):
         DEQ(Cell(script))(x)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,10 @@ class Parameter:
     holds: Callable[[Tensor], Tensor] | None = None
     wanted: str = ""
     instead: float = 1.0
+
+    def of(self, value: Tensor) -> Parameter:
+        """The same with another value; ``dataclasses.replace`` wouldn't compile in older releases of torch."""
+        return Parameter(self.name, value, self.shape, self.holds, self.wanted, self.instead)
 
     def described(self) -> str:
         return f"{self.name} {tuple(self.value.shape)} as (*batch{''.join(', ' + letter for letter in self.shape)})"
@@ -73,8 +77,8 @@ def checked(arguments: Sequence[Parameter], dim: int = -1) -> tuple[list[Paramet
     if not isinstance(point, Tensor) or not point.is_floating_point():
         what = str(point.dtype) if isinstance(point, Tensor) else type(point).__name__
         raise ProblemError(f"x must be a tensor or array of real floating point, got {what}; try x.double()")
-    first = replace(arguments[0], value=point)
-    tensors = [first, *[replace(p, value=_tensor(p, point)) for p in arguments[1:]]]
+    first = arguments[0].of(point)
+    tensors = [first, *[p.of(_tensor(p, point)) for p in arguments[1:]]]
     _check_sizes(tensors, dim)
     for parameter in tensors[1:]:
         _check_values(parameter)

@@ -41,7 +41,9 @@ def project_box(x: Any, lower: Any = None, upper: Any = None) -> Any:
 def _clamped(x: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
     if lower is None and upper is None:
         return x.clone()
-    value = torch.clamp(x, lower, upper)
+    # Not clamp: at a bound that is a tensor its derivative depends on the release of torch.
+    value = x if lower is None else torch.where((x < lower) | lower.isnan(), lower, x)
+    value = value if upper is None else torch.where((value > upper) | upper.isnan(), upper, value)
     if lower is None or upper is None:
         return value
     contradictory = lower > upper

@@ -128,7 +128,7 @@ def entmax(x: Any, alpha: Any = 1.5, dim: int = -1) -> Any:
     tensor([0.3260, 0.6740, 0.0000])
     """
     _refuse_empty(x, dim, "simplex")
-    if isinstance(alpha, int | float):
+    if isinstance(alpha, (int, float)):
         if alpha == 1:
             return projected(lambda x: torch.softmax(x, -1), x, dim=dim)
         if alpha == 2:
