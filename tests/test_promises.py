@@ -30,7 +30,8 @@ def test_nobody_is_left_out():
     named = {solver for solver in available_solvers("fixedpoint").values() if "fixed_point" in solver.serves}
     assert named <= {type(solver) for solver in SOLVERS}
     public = [getattr(linear, name) for name in linear.__all__]
-    exact = {cls for cls in public if getattr(cls, "exact", False)} - {linear.LinearSolver, linear.IterativeLinearSolver}
+    bases = {linear.LinearSolver, linear.IterativeLinearSolver}
+    exact = {cls for cls in public if getattr(cls, "exact", False)} - bases
     here = {type(adjoint.linear_solver) for _, adjoint in PAIRS}
     assert exact - here == {linear.CG}  # has a test of its own
 
