@@ -277,6 +277,7 @@ def test_vectorized_jacobian_with_ignored_parameter():
     contracts.assert_close(ours, (2 * torch.eye(2), torch.zeros(2, 2)))
 
 
+@contracts.compiles
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
 def test_compiled_function_equals_eager():
     params = contracts.wanting(problems.TANH.params())

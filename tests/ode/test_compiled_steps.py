@@ -7,13 +7,13 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from contracts import assert_close, wanting
+from contracts import assert_close, compiles, wanting
 from torch import nn
 
 from difflayers.errors import ProblemError
 from difflayers.ode import RK4, CheckpointedAdjoint, Dopri5, Kvaerno5, ODELayer, Rodas, _compiled, odeint
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [compiles, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 STEPS = CheckpointedAdjoint(stage_parallel=False)
 
 

@@ -9,7 +9,7 @@ import cvxpy
 import numpy as np
 import pytest
 import torch
-from contracts import assert_close, cubed, wanting
+from contracts import assert_close, compiles, cubed, wanting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
@@ -210,6 +210,7 @@ def test_transforms(case):
         assert_close(outer(inner(loss, every), every)(*params), reference)
 
 
+@compiles
 @every_case
 def test_compiled_is_eager(case):
     params = wanting(case.params())

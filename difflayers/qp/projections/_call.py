@@ -35,7 +35,7 @@ class Parameter:
     instead: float = 1.0
 
     def of(self, value: Tensor) -> Parameter:
-        """The same with another value; ``dataclasses.replace`` wouldn't compile in older releases of torch."""
+        """The same with another value."""
         return Parameter(self.name, value, self.shape, self.holds, self.wanted, self.instead)
 
     def described(self) -> str:
