@@ -151,14 +151,14 @@ def _sides(data: Data) -> Tensor:
 
 
 def _reach(data: Data, G: Tensor, A: Tensor) -> Tensor:
-    """How far rows of these lengths and bounds are from zero, or how far off a minimum without them would be."""
+    """How far rows of these lengths and bounds are from zero; where none is, how far a minimum without them is."""
     rows = [None if side is None else side / length for side, length in ((data.h, G), (data.b, A))]
     reach = _largest_of([*rows, data.lb, data.ub], data.q)
     if data.P is None or not data.P.numel():
         return reach
     curvature = _largest(data.P, -1).amax(-1)
     asked = data.q.abs().amax(-1) / torch.where(curvature > 0, curvature, 1)
-    return torch.maximum(reach, torch.where(curvature > 0, asked, 0))
+    return torch.where(reach > 0, reach, torch.where(curvature > 0, asked, 0))
 
 
 def _largest_of(sides: Sequence[Tensor | None], like: Tensor) -> Tensor:

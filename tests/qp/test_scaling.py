@@ -138,3 +138,15 @@ def test_small_sides_say_as_much_as_large_ones(unit, curved):
     assert x.isnan().all()
     assert (y @ torch.cat([h - 2, -h - 1])) < 0 <= y.min()
     torch.testing.assert_close(y @ torch.cat([G, -G]), torch.zeros(6), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("solver", ["auto", "proxqp"])
+def test_a_huge_objective_excuses_no_row(solver):
+    P, q = torch.tensor([[8.7]]), torch.tensor([1e30])
+    G = torch.tensor([[0.0], [-1.1], [-1.0], [-1.2], [0.66], [-1.6]])
+    h = torch.tensor([0.1, 1.4, -0.37, -0.92, 0.52, -1.27])
+    h[5] = -1.6 * h[4] / 0.66 - 1e-3  # the last two rows exclude each other by a little
+    assert solve_qp(P, q, G, h, solver=solver, on_failure="ignore").status == Status.INFEASIBLE
+    h[5] += 2e-3
+    solution = solve_qp(P, q, G, h, solver=solver, on_failure="ignore")
+    assert (solution.status != Status.SUCCESS) | ((G @ solution.x - h).max() <= 1e-8)
