@@ -183,7 +183,7 @@ def _row(
     few = later[:16], forecasts["trained on cost"][:16]
     with torch.no_grad():
         final = costs(grid, few[1], few[0])[1]
-    error = gradient_error(lambda forecast: costs(grid, forecast, few[0])[0].mean(), few[1], 1e-6)
+    error = gradient_error(lambda forecast: costs(grid, forecast, few[0])[0].mean(), few[1], 1e-4)
     nominal = dispatch(grid, grid.quadratic, grid.linear, torch.tensor([grid.demand]), *_bounds(grid))
     cost = float(nominal.x[0].square() @ grid.quadratic / 2 + nominal.x[0] @ grid.linear)
     means = {name: float(extra.mean()) for name, extra in over.items()}
