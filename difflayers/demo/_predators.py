@@ -160,7 +160,7 @@ def _figure(logs: Tensor, early: Tensor, bars: Tensor, years: Tensor, counts: Te
         after = populations(early, torch.cat([years[:1], later])).ys[1:, k]
         left.plot(FIRST + later, after, "--", color=color, label=f"{name}, forecast")
     left.set(ylabel="pelts, thousands", xticks=range(FIRST, FIRST + len(years), 5))
-    left.legend(frameon=False, fontsize="small")
+    left.legend(loc="upper right", frameon=False, fontsize="small")
     values = logs.exp() / torch.tensor(GUESS)
     right.errorbar(
         values.numpy(), range(len(NAMES)), xerr=(2 * values * bars).numpy(), fmt="o", color="#0072b2", capsize=3
