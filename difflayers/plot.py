@@ -171,7 +171,7 @@ def _finished(ax: Axes) -> Axes:
     if ax.get_xlabel().startswith(("iteration", "solves", "training")):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(frameon=False, fontsize="small", loc="upper right")  # the best place takes long to find
     return ax
 
 

@@ -107,7 +107,7 @@ def _losses(results: Results, axes: Axes) -> None:
         axes.plot(result.losses, color=COLORS[kind], linewidth=0.6, alpha=0.3)
         axes.plot(_smooth(result.losses), color=COLORS[kind], linewidth=1.6, label=result.name)
     axes.set(xlabel="step", ylabel="training loss, distorted images", yscale="log")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -151,5 +151,5 @@ def _accuracies(results: Results, axes: Axes) -> None:
     axes.set(xlabel="applications of the cell", ylabel="test accuracy")
     axes.yaxis.set_major_formatter("{x:.1%}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)

@@ -82,20 +82,20 @@ class OneStepSolver(Solver):
 
             solution = RowRun(self, evaluate, part, times, y.reshape(-1, y.shape[-1]), mesh).run(slope)
             return in_shape(solution, y.shape[:-1], "value")
-        times = t.detach().to("cpu", torch.float64).tolist()
-        mesh.times = times
+        numbers = _numbers(t.detach().to("cpu", torch.float64))
+        mesh.times = numbers
         tracked = torch.is_grad_enabled() and is_tracked(t)
         rows = y.reshape(problem.samples, y.shape[-1])
-        start = moved(evaluate, times[0], rows, t[0], start=True) if tracked else rows
-        run = JointRun(self, evaluate, times, start.reshape(self.layout(problem)), problem.samples, mesh)
+        start = moved(evaluate, numbers[0], rows, t[0], start=True) if tracked else rows
+        run = JointRun(self, evaluate, numbers, start.reshape(self.layout(problem)), problem.samples, mesh)
         if self.compile and not torch.is_grad_enabled() and not in_functorch():
             run.stages = CompiledStages(self.tableau, evaluate, run.y, problem, tensors)
         solution = run.run(slope)
         if not problem.samples:
             # How many numbers nobody has, a state in its native shape doesn't say.
-            solution = replace(solution, value=rows.unsqueeze(1).repeat(1, len(times), 1))
+            solution = replace(solution, value=rows.unsqueeze(1).repeat(1, len(numbers), 1))
         if tracked:
-            own = [moved(evaluate, times[i], solution.value[:, i], t[i]) for i in range(1, len(times))]
+            own = [moved(evaluate, numbers[i], solution.value[:, i], t[i]) for i in range(1, len(numbers))]
             solution = replace(solution, value=torch.stack([rows, *own], dim=1))
         return in_shape(solution, y.shape[:-1], "value")
 
@@ -233,3 +233,8 @@ class Dopri8(AdaptiveSolver):
     """
 
     tableau: ClassVar[Tableau] = DOP853
+
+
+def _numbers(times: Tensor) -> list[float]:
+    # Under a transform torch 2.6 has no tolist().
+    return [float(time) for time in times] if in_functorch() else times.tolist()
