@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,13 @@ def batch_levels(tensor: Tensor) -> set[int]:
             levels.add(torch._C._functorch.maybe_get_level(tensor))
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return levels
+
+
+def numbers(tensor: Tensor) -> list[Any]:
+    """``tensor.tolist()``, which torch 2.6 has not under a transform."""
+    if not in_functorch():
+        return tensor.tolist()
+    return [numbers(row) if row.dim() else row.item() for row in tensor]
 
 
 def is_legacy_batched(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from difflayers._arrays import widen
-from difflayers._autodiff import in_functorch
+from difflayers._autodiff import in_functorch, numbers
 from difflayers.errors import ConvergenceWarning, SolverError, UnknownNameError
 
 OnFailure = Literal["raise", "warn", "ignore"]
@@ -136,10 +136,10 @@ def restarted(earlier: Solution, fresh: Any) -> Any:
 def describe_failures(status: Tensor, what: str, explain: Explain | None = None) -> str:
     """One line per kind of failure, naming the samples; ``explain`` knows better what is behind it."""
     lines = []
-    for code in status.unique().tolist():
+    for code in numbers(status.unique()):
         if code == Status.SUCCESS:
             continue
-        samples = [tuple(index) if len(index) != 1 else index[0] for index in (status == code).nonzero().tolist()]
+        samples = [tuple(index) if len(index) != 1 else index[0] for index in numbers((status == code).nonzero())]
         named = ", ".join(map(str, samples[:_LISTED])) + (", ..." if len(samples) > _LISTED else "")
         who = f"{len(samples)} of {status.numel()} samples ({named})" if status.dim() else "the system"
         message = explain(Status(code), status == code) if explain else Status(code).message

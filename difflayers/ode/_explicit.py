@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from difflayers._autodiff import in_functorch, is_tracked
+from difflayers._autodiff import in_functorch, is_tracked, numbers
 from difflayers._problem import Form, Problem
 from difflayers._solution import OnFailure, Solution, in_shape
 from difflayers._solver import Solver
@@ -74,28 +74,27 @@ class OneStepSolver(Solver):
         y, t, *tensors = params
         evaluate = problem.evaluator(tensors)
         if isinstance(mesh, RowMesh):
-            times = in_rows(t.detach().double(), y.shape[:-1])
+            own_times = in_rows(t.detach().double(), y.shape[:-1])
 
             def part(rows: Tensor) -> Evaluate | None:
                 found = problem.divided(tensors, rows)
                 return None if found is None else problem.evaluator(found[0])
 
-            solution = RowRun(self, evaluate, part, times, y.reshape(-1, y.shape[-1]), mesh).run(slope)
+            solution = RowRun(self, evaluate, part, own_times, y.reshape(-1, y.shape[-1]), mesh).run(slope)
             return in_shape(solution, y.shape[:-1], "value")
-        numbers = _numbers(t.detach().to("cpu", torch.float64))
-        mesh.times = numbers
+        times = mesh.times = numbers(t.detach().to("cpu", torch.float64))
         tracked = torch.is_grad_enabled() and is_tracked(t)
         rows = y.reshape(problem.samples, y.shape[-1])
-        start = moved(evaluate, numbers[0], rows, t[0], start=True) if tracked else rows
-        run = JointRun(self, evaluate, numbers, start.reshape(self.layout(problem)), problem.samples, mesh)
+        start = moved(evaluate, times[0], rows, t[0], start=True) if tracked else rows
+        run = JointRun(self, evaluate, times, start.reshape(self.layout(problem)), problem.samples, mesh)
         if self.compile and not torch.is_grad_enabled() and not in_functorch():
             run.stages = CompiledStages(self.tableau, evaluate, run.y, problem, tensors)
         solution = run.run(slope)
         if not problem.samples:
             # How many numbers nobody has, a state in its native shape doesn't say.
-            solution = replace(solution, value=rows.unsqueeze(1).repeat(1, len(numbers), 1))
+            solution = replace(solution, value=rows.unsqueeze(1).repeat(1, len(times), 1))
         if tracked:
-            own = [moved(evaluate, numbers[i], solution.value[:, i], t[i]) for i in range(1, len(numbers))]
+            own = [moved(evaluate, times[i], solution.value[:, i], t[i]) for i in range(1, len(times))]
             solution = replace(solution, value=torch.stack([rows, *own], dim=1))
         return in_shape(solution, y.shape[:-1], "value")
 
@@ -233,8 +232,3 @@ class Dopri8(AdaptiveSolver):
     """
 
     tableau: ClassVar[Tableau] = DOP853
-
-
-def _numbers(times: Tensor) -> list[float]:
-    # Under a transform torch 2.6 has no tolist().
-    return [float(time) for time in times] if in_functorch() else times.tolist()

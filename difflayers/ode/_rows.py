@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from difflayers._autodiff import numbers
 from difflayers._progress import shown
 from difflayers._solution import Solution, Status
 from difflayers.ode._control import RowController, first_steps
@@ -124,7 +125,7 @@ class RowRun:
             masks = torch.stack([self.going, good, self.going & ~through, tiny, following > self.next])
             self.tally[:2] += masks[:2]
             # Everything that the loop must know, read back at once.
-            _, _, going, stuck, reaching = masks.sum((1, 2)).tolist()
+            _, _, going, stuck, reaching = numbers(masks.sum((1, 2)))
             self.going = masks[2]
             ended = self._take(good, step, y, end, following, reaching > 0)
             if stuck:
