@@ -7,20 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from difflayers._solution import Status
-from difflayers.qp._host import Array, HostQPSolver, Results, Samples
-
-_STATUS = {
-    "Solved": Status.SUCCESS,
-    "AlmostSolved": Status.SUCCESS,
-    "PrimalInfeasible": Status.INFEASIBLE,
-    "AlmostPrimalInfeasible": Status.INFEASIBLE,
-    "DualInfeasible": Status.UNBOUNDED,
-    "AlmostDualInfeasible": Status.UNBOUNDED,
-    "MaxIterations": Status.MAX_STEPS,
-    "NumericalError": Status.STALLED,
-    "InsufficientProgress": Status.STALLED,
-}
+from difflayers.qp._host import Array, HostQPSolver, Results, Samples, conic_status
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ class Clarabel(HostQPSolver):
             ).solve()
             multipliers = _spread(found.z, kept)
             results.x[i], results.y[i], results.z[i] = found.x, multipliers[: layout.p], multipliers[layout.p :]
-            results.status[i] = _STATUS.get(str(found.status), Status.BACKEND_ERROR)
+            results.status[i] = conic_status(found.status)
             results.steps[i] = found.iterations
 
     def _settings(self, module: Any) -> Any:

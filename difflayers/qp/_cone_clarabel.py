@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from difflayers._solution import Status
-from difflayers.qp._clarabel import _STATUS
 from difflayers.qp._cone_host import ROUGH, ConeResults, ConeSamples, HostConeSolver
 from difflayers.qp._cone_solver import ConeSolver
 from difflayers.qp._cones import Cones
-from difflayers.qp._host import backend
+from difflayers.qp._host import backend, conic_status
 
 # The accuracy that it can have where numbers are small.
 FINEST = 1e-14
@@ -40,7 +38,7 @@ class ConeClarabel(HostConeSolver):
                 solver.update(q=q, b=d, **changed)
             found = solver.solve()
             results.x[i], results.y[i], results.s[i] = found.x, found.z, found.s
-            results.status[i] = _STATUS.get(str(found.status), Status.BACKEND_ERROR)
+            results.status[i] = conic_status(found.status)
             results.steps[i] = found.iterations
 
     def _settings(self, module: Any) -> Any:

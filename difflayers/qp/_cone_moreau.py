@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from difflayers._problem import Problem
-from difflayers._solution import Status
 from difflayers.qp._cone_factor import constraints
 from difflayers.qp._cone_host import ROUGH
 from difflayers.qp._cone_solver import ConeAnswers, ConeSolver
 from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data, Matrix
-from difflayers.qp._host import Array, backend
-from difflayers.qp._moreau import _STATUS, _array
+from difflayers.qp._host import Array, backend, conic_status
+from difflayers.qp._moreau import host_array
 from difflayers.qp._sparse import Sparse
 
 
@@ -50,8 +49,8 @@ class ConeMoreau(ConeSolver):
             n, cones.rows, *patterns[0], *patterns[1], _listed(module, cones), self._settings(module, count)
         )
         solver.setup(*values)
-        found = solver.solve(_array(data.q, count, 1), _array(d, count, 1)[:, order])
-        statuses = [int(_STATUS.get(str(status), Status.BACKEND_ERROR)) for status in solver.info.status]
+        found = solver.solve(host_array(data.q, count, 1), host_array(d, count, 1)[:, order])
+        statuses = [int(conic_status(status)) for status in solver.info.status]
         y, s = np.empty_like(found.z), np.empty_like(found.s)
         y[:, order], s[:, order] = found.z, found.s
         arrays = found.x, y, s, np.array(statuses), np.array(solver.info.iterations)
@@ -88,4 +87,4 @@ def _rows(matrix: Matrix, order: Array, count: int) -> tuple[tuple[Array, Array]
     columns = sparse.pattern.columns.cpu().numpy()
     sorting = np.lexsort((columns, place))
     offsets = np.r_[0, np.bincount(place, minlength=len(order)).cumsum()]
-    return (offsets, columns[sorting]), _array(sparse.values, count, 1)[:, sorting]
+    return (offsets, columns[sorting]), host_array(sparse.values, count, 1)[:, sorting]

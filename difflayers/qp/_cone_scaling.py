@@ -11,7 +11,7 @@ from torch import Tensor
 from difflayers.qp._cone_factor import constraints
 from difflayers.qp._cones import Cones
 from difflayers.qp._data import Data, Matrix
-from difflayers.qp._scaling import _columns, _largest, _objective, _scaled, _sized
+from difflayers.qp._scaling import equilibrated, largest_in, objective_size, power_of_two, scaled
 from difflayers.qp._sparse import Sparse
 
 # Within this factor of one nothing needs scaling.
@@ -47,12 +47,12 @@ class Units:
         def shared(sizes: Tensor) -> Tensor:
             return _mean(sizes, cone)
 
-        D = torch.where(needed, _columns(data, samples, shared), 1)
-        lengths = shared(_largest(_scaled(C, D.new_ones(1), D), -1)).expand(samples, -1)
-        E = torch.where(needed, 1 / _sized(lengths), 1)
-        P, q = None if data.P is None else _scaled(data.P, D, D), data.q * D
-        b = torch.where(needed, _sized(_typical(P, q, E * d)), 1)
-        a = torch.where(needed, 1 / _sized(_objective(replace(data, P=P, q=q / b)))[:, None], 1)
+        D = torch.where(needed, equilibrated(data, samples, shared), 1)
+        lengths = shared(largest_in(scaled(C, D.new_ones(1), D), -1)).expand(samples, -1)
+        E = torch.where(needed, 1 / power_of_two(lengths), 1)
+        P, q = None if data.P is None else scaled(data.P, D, D), data.q * D
+        b = torch.where(needed, power_of_two(_typical(P, q, E * d)), 1)
+        a = torch.where(needed, 1 / power_of_two(objective_size(replace(data, P=P, q=q / b)))[:, None], 1)
         return cls(D, E, b, a)
 
     @property
@@ -73,9 +73,9 @@ class Units:
     def applied(self, blocks: Mapping[str, Matrix]) -> dict[str, Matrix]:
         """The program in these units, on the graph of its blocks."""
         D, E, b, a = (unit.to(blocks["q"]) for unit in (self.columns, self.rows, self.size, self.objective))
-        found = {"q": blocks["q"] * (a * D / b), "G": _scaled(blocks["G"], E, D), "h": blocks["h"] * (E / b)}
+        found = {"q": blocks["q"] * (a * D / b), "G": scaled(blocks["G"], E, D), "h": blocks["h"] * (E / b)}
         if "P" in blocks:
-            found["P"] = _scaled(blocks["P"], a * D, D)
+            found["P"] = scaled(blocks["P"], a * D, D)
         return {name: found[name] for name in blocks}
 
     def inward(self, x: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,9 +119,9 @@ def extreme(data: Data, samples: int) -> Tensor:
 def _sizes(data: Data) -> list[Tensor]:
     """The largest absolute values in the objective, in ``d``, and in columns and rows of ``C``."""
     C, d = constraints(data)
-    sizes = [_objective(data).unsqueeze(-1), d.abs().amax(-1, keepdim=True)]
+    sizes = [objective_size(data).unsqueeze(-1), d.abs().amax(-1, keepdim=True)]
     if isinstance(C, Sparse):
-        return [*sizes, _largest(C, -2), _largest(C, -1)]
+        return [*sizes, largest_in(C, -2), largest_in(C, -1)]
     # Where there are many, allocating absolute values would take most of the time.
     return [*sizes, *[torch.maximum(C.amax(dim), -C.amin(dim)) for dim in (-2, -1)]]
 
@@ -131,7 +131,7 @@ def _typical(P: Matrix | None, q: Tensor, d: Tensor) -> Tensor:
     size = _level(d)
     if P is None:
         return size
-    curvature = _largest(P, -1).amax(-1, keepdim=True)
+    curvature = largest_in(P, -1).amax(-1, keepdim=True)
     asked = torch.where(curvature > 0, q.abs().amax(-1, keepdim=True) / torch.where(curvature > 0, curvature, 1), 0)
     return torch.where(size > 0, size, asked)
 

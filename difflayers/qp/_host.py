@@ -24,6 +24,17 @@ from difflayers.qp._sparse import Sparse
 from difflayers.qp._sparse_reduced import constraints, samples_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_CONIC = {
+    "Solved": Status.SUCCESS,
+    "AlmostSolved": Status.SUCCESS,
+    "PrimalInfeasible": Status.INFEASIBLE,
+    "AlmostPrimalInfeasible": Status.INFEASIBLE,
+    "DualInfeasible": Status.UNBOUNDED,
+    "AlmostDualInfeasible": Status.UNBOUNDED,
+    "MaxIterations": Status.MAX_STEPS,
+    "NumericalError": Status.STALLED,
+    "InsufficientProgress": Status.STALLED,
+}
 
 
 class Samples:
@@ -158,6 +169,11 @@ def in_pieces(solve: Callable[[range], None], count: int, threads: int) -> None:
     else:
         with ThreadPoolExecutor(threads) as pool:
             collections.deque(counted(pool.map(solve, ranges), count, size), maxlen=0)
+
+
+def conic_status(said: object) -> Status:
+    """What Clarabel says of a sample, and Moreau in the same words."""
+    return _CONIC.get(str(said), Status.BACKEND_ERROR)
 
 
 def backend(package: str, extra: str) -> ModuleType:

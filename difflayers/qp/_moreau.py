@@ -8,24 +8,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from difflayers._solution import Status
 from difflayers.errors import UnknownNameError
 from difflayers.qp._data import Data
-from difflayers.qp._host import Array, backend
+from difflayers.qp._host import Array, backend, conic_status
 from difflayers.qp._solver import Answers, QPSolver
 
 _METHODS = ("ipm", "active_set", "auto")
-_STATUS = {
-    "Solved": Status.SUCCESS,
-    "AlmostSolved": Status.SUCCESS,
-    "PrimalInfeasible": Status.INFEASIBLE,
-    "AlmostPrimalInfeasible": Status.INFEASIBLE,
-    "DualInfeasible": Status.UNBOUNDED,
-    "AlmostDualInfeasible": Status.UNBOUNDED,
-    "MaxIterations": Status.MAX_STEPS,
-    "NumericalError": Status.STALLED,
-    "InsufficientProgress": Status.STALLED,
-}
 
 
 @dataclass(frozen=True)
@@ -55,15 +43,15 @@ class Moreau(QPSolver):
     def answers(self, data: Data, count: int) -> Answers:
         module, layout = backend(self.package, "qp"), data.layout
         offsets, columns, values, limits = _rows(data, count)
-        P = np.zeros((count, layout.n, layout.n)) if data.P is None else _array(data.P, count, 2)
+        P = np.zeros((count, layout.n, layout.n)) if data.P is None else host_array(data.P, count, 2)
         cones = module.Cones(num_zero_cones=layout.p, num_nonneg_cones=limits.shape[1] - layout.p)
         square = np.arange(layout.n + 1) * layout.n, np.tile(np.arange(layout.n), layout.n)
         solver = module.CompiledSolver(
             layout.n, limits.shape[1], *square, offsets, columns, cones, self._settings(module, count)
         )
         solver.setup(P.reshape(count, -1), values)
-        found = solver.solve(_array(data.q, count, 1), limits)
-        statuses = [int(_STATUS.get(str(status), Status.BACKEND_ERROR)) for status in solver.info.status]
+        found = solver.solve(host_array(data.q, count, 1), limits)
+        statuses = [int(conic_status(status)) for status in solver.info.status]
         y, z = np.split(found.z, [layout.p], axis=1)
         arrays = found.x, y, z, np.array(statuses), np.array(solver.info.iterations)
         return Answers(*[torch.from_numpy(np.ascontiguousarray(array)).to(data.q.device) for array in arrays])
@@ -82,15 +70,15 @@ def _rows(data: Data, count: int) -> tuple[Array, Array, Array, Array]:
     lengths = np.r_[np.full(full, n), np.ones(bounds, dtype=np.int64)]
     offsets = np.r_[0, np.cumsum(lengths)]
     columns = np.r_[np.tile(np.arange(n), full), np.tile(np.arange(n), bounds // n)]
-    limits = _array(data.limits, count, 1)
+    limits = host_array(data.limits, count, 1)
     bounded = np.isfinite(limits[:, layout.m :])
     signs = np.r_[-np.ones(layout.low), np.ones(layout.high)]
-    matrices = [_array(block, count, 2).reshape(count, -1) for block in (data.A, data.G) if block is not None]
+    matrices = [host_array(block, count, 2).reshape(count, -1) for block in (data.A, data.G) if block is not None]
     values = np.concatenate([*matrices, bounded * signs], axis=1)
-    equations = [] if data.b is None else [_array(data.b, count, 1)]
+    equations = [] if data.b is None else [host_array(data.b, count, 1)]
     return offsets, columns, values, np.concatenate([*equations, np.where(np.isfinite(limits), limits, 1)], axis=1)
 
 
-def _array(block: torch.Tensor, count: int, event: int) -> Array:
+def host_array(block: torch.Tensor, count: int, event: int) -> Array:
     array: Array = block.cpu().numpy()
     return np.ascontiguousarray(np.broadcast_to(array, (count, *array.shape[-event:])))

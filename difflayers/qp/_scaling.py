@@ -33,23 +33,23 @@ class Scaling:
 
     def __init__(self, data: Data, samples: int) -> None:
         layout = data.layout
-        self._columns = _columns(data, samples)
+        self._columns = equilibrated(data, samples)
         data = _in_units(data, self._columns)
         none = data.q.new_ones(samples, 0)
-        G, A = (none if m is None else _sized(_lengths(m)).expand(samples, -1) for m in (data.G, data.A))
-        self._size = size = _sized(_reach(data, G, A).expand(samples))[:, None]
-        self._objective = _sized(_objective(replace(data, q=data.q / size)).expand(samples))[:, None]
+        G, A = (none if m is None else power_of_two(_lengths(m)).expand(samples, -1) for m in (data.G, data.A))
+        self._size = size = power_of_two(_reach(data, G, A).expand(samples))[:, None]
+        self._objective = power_of_two(objective_size(replace(data, q=data.q / size)).expand(samples))[:, None]
         # A bound on u is a row of length one already: that on x, in its unit.
         self._rows = torch.cat([G, *[self._columns] * (bool(layout.low) + bool(layout.high))], dim=-1)
         self._equations = A
         units = 1 / self._objective
         self.data = replace(
             data,
-            P=None if data.P is None else _scaled(data.P, units, torch.ones_like(units)),
+            P=None if data.P is None else scaled(data.P, units, torch.ones_like(units)),
             q=data.q * units / size,
-            G=None if data.G is None else _scaled(data.G, 1 / G, torch.ones_like(units)),
+            G=None if data.G is None else scaled(data.G, 1 / G, torch.ones_like(units)),
             h=None if data.h is None else data.h / (G * size),
-            A=None if data.A is None else _scaled(data.A, 1 / A, torch.ones_like(units)),
+            A=None if data.A is None else scaled(data.A, 1 / A, torch.ones_like(units)),
             b=None if data.b is None else data.b / (A * size),
             lb=None if data.lb is None else data.lb / size,
             ub=None if data.ub is None else data.ub / size,
@@ -85,7 +85,7 @@ def misleading(data: Data, samples: int) -> Tensor:
     """
     sides = _sides(data)
     found = ((sides > 0) & (sides < 1 / _MISLEADING)).expand(samples)
-    for sizes in (_objective(data)[..., None], *[_lengths(m) for m in (data.G, data.A) if m is not None]):
+    for sizes in (objective_size(data)[..., None], *[_lengths(m) for m in (data.G, data.A) if m is not None]):
         outside = (sizes > _MISLEADING) | (sizes < 1 / _MISLEADING)
         found = found | (outside & (sizes > 0)).any(-1)
     return found
@@ -96,7 +96,7 @@ def ordinary(data: Data) -> bool:
     if data.sparse or not _bounds_fit(data):
         return False
     sides = _sides(data).reshape(-1).clamp_max(1)
-    sizes = torch.cat([_lengths(data.matrix).reshape(-1), _objective(data).reshape(-1), sides])
+    sizes = torch.cat([_lengths(data.matrix).reshape(-1), objective_size(data).reshape(-1), sides])
     least, largest = map(float, sizes.aminmax())
     total = data.magnitude.sum() if data.P is None else data.magnitude.sum() + data.P.sum()
     return least >= 1 / _MISLEADING and largest <= _MISLEADING and math.isfinite(total)
@@ -109,7 +109,7 @@ def _bounds_fit(data: Data) -> bool:
     return all(map(bool, fits))
 
 
-def _columns(data: Data, samples: int, shared: Callable[[Tensor], Tensor] = lambda sizes: sizes) -> Tensor:
+def equilibrated(data: Data, samples: int, shared: Callable[[Tensor], Tensor] = lambda sizes: sizes) -> Tensor:
     """Units of the unknowns, by Ruiz's equilibration (2001, RAL-TR-2001-034) of ``P`` and the rows; on average one.
 
     ``shared`` makes the sizes of rows those of rows that must have one unit.
@@ -118,15 +118,15 @@ def _columns(data: Data, samples: int, shared: Callable[[Tensor], Tensor] = lamb
     matrices = [m for m in (data.G, data.A) if m is not None and m.shape[-2]]
     for _ in range(_SWEEPS):
         sizes = torch.zeros_like(d)
-        for reached in (_scaled(m, one, d) for m in matrices):
-            rows = _scaled(reached, 1 / _sized(shared(_largest(reached, -1))), one)
-            sizes = torch.maximum(sizes, _largest(rows, -2))
+        for reached in (scaled(m, one, d) for m in matrices):
+            rows = scaled(reached, 1 / power_of_two(shared(largest_in(reached, -1))), one)
+            sizes = torch.maximum(sizes, largest_in(rows, -2))
         if data.P is not None:
-            curved = _largest(_scaled(data.P, d, d), -2)
-            sizes = torch.maximum(sizes, curved / _sized(curved.amax(-1, keepdim=True)))
-        d = d / _sized(sizes).sqrt()
+            curved = largest_in(scaled(data.P, d, d), -2)
+            sizes = torch.maximum(sizes, curved / power_of_two(curved.amax(-1, keepdim=True)))
+        d = d / power_of_two(sizes).sqrt()
         d = d / d.log().mean(-1, keepdim=True).exp()
-    return _sized(d)
+    return power_of_two(d)
 
 
 def _in_units(data: Data, d: Tensor) -> Data:
@@ -134,10 +134,10 @@ def _in_units(data: Data, d: Tensor) -> Data:
     one = d.new_ones(1)
     return replace(
         data,
-        P=None if data.P is None else _scaled(data.P, d, d),
+        P=None if data.P is None else scaled(data.P, d, d),
         q=data.q * d,
-        G=None if data.G is None else _scaled(data.G, one, d),
-        A=None if data.A is None else _scaled(data.A, one, d),
+        G=None if data.G is None else scaled(data.G, one, d),
+        A=None if data.A is None else scaled(data.A, one, d),
         lb=None if data.lb is None else data.lb / d,
         ub=None if data.ub is None else data.ub / d,
     )
@@ -156,7 +156,7 @@ def _reach(data: Data, G: Tensor, A: Tensor) -> Tensor:
     reach = _largest_of([*rows, data.lb, data.ub], data.q)
     if data.P is None or not data.P.numel():
         return reach
-    curvature = _largest(data.P, -1).amax(-1)
+    curvature = largest_in(data.P, -1).amax(-1)
     asked = data.q.abs().amax(-1) / torch.where(curvature > 0, curvature, 1)
     return torch.where(reach > 0, reach, torch.where(curvature > 0, asked, 0))
 
@@ -167,16 +167,16 @@ def _largest_of(sides: Sequence[Tensor | None], like: Tensor) -> Tensor:
     return functools.reduce(torch.maximum, sizes, like.new_zeros(()))
 
 
-def _objective(data: Data) -> Tensor:
+def objective_size(data: Data) -> Tensor:
     """The largest entry of ``q`` and, as that is on the diagonal of a semidefinite matrix, of ``P``."""
     size = data.q.abs().amax(-1)
     if data.P is None or not data.P.numel():
         return size
-    own = _largest(data.P, -1) if isinstance(data.P, Sparse) else data.P.diagonal(dim1=-2, dim2=-1)
+    own = largest_in(data.P, -1) if isinstance(data.P, Sparse) else data.P.diagonal(dim1=-2, dim2=-1)
     return torch.maximum(size, own.amax(-1))
 
 
-def _scaled(matrix: Matrix, rows: Tensor, columns: Tensor) -> Matrix:
+def scaled(matrix: Matrix, rows: Tensor, columns: Tensor) -> Matrix:
     """Times the diagonals of ``rows`` and ``columns``; one entry stands for all."""
     if not isinstance(matrix, Sparse):
         return matrix * rows[..., :, None] * columns[..., None, :]
@@ -188,7 +188,7 @@ def _scaled(matrix: Matrix, rows: Tensor, columns: Tensor) -> Matrix:
     return matrix.map(lambda values: values * left * right)
 
 
-def _largest(matrix: Matrix, dim: int) -> Tensor:
+def largest_in(matrix: Matrix, dim: int) -> Tensor:
     """The largest absolute value in every row (``dim`` is -1) or column (-2)."""
     if not isinstance(matrix, Sparse):
         largest: Tensor = matrix.abs().amax(dim)
@@ -209,7 +209,7 @@ def _lengths(matrix: Matrix) -> Tensor:
     return found.index_add(-1, matrix.pattern.rows, squares).sqrt()
 
 
-def _sized(size: Tensor) -> Tensor:
+def power_of_two(size: Tensor) -> Tensor:
     """A power of two near it: rounding would give a singular ``P`` some curvature."""
     size = torch.where((size > 0) & size.isfinite(), size, 1)
     return torch.exp2(torch.frexp(size).exponent.to(size))
